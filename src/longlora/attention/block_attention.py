@@ -1,0 +1,119 @@
+"""The primitive: block-diagonal causal attention over sets of heads, each with its own blocks.
+
+Nothing of size N x N exists, keys and values are read through views, and neighbouring blocks of one length go
+through the kernel in one call. Shapes: B rows, H query heads, Hkv KV heads, N tokens, D width, L tokens a block.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from longlora.attention.kernels import Kernel
+from longlora.attention.layout import HeadSetPlan, RowPlan, Run
+
+
+class _PermuteTokens(torch.autograd.Function):
+    """`x[:, :, order]` for a permutation, whose gradient is again a gather instead of a scatter-add."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(order)
+        return x.index_select(2, order)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (order,) = ctx.saved_tensors
+        return gradient.index_select(2, order.argsort()), None
+
+
+def block_attention(query: Tensor, key: Tensor, value: Tensor, plans: Sequence[HeadSetPlan], kernel: Kernel) -> Tensor:
+    """Causal attention inside the blocks of `plans`; padding tokens get zeros.
+
+    Args:
+        query: (B, H, N, D); key: (B, Hkv, N, D); value: (B, Hkv, N, Dv).
+        plans: from `longlora.attention.layout.plan`.
+        kernel: dense causal attention for a batch of blocks.
+
+    Returns:
+        (B, H, N, Dv), a view of a contiguous (B, N, H, Dv), which is what the output projection reads.
+    """
+    sets = [plan.heads for plan in plans]
+    queries = _heads(query, [(s.query_start, s.query_stop) for s in sets])
+    keys = _heads(key, [(s.key_start, s.key_stop) for s in sets])
+    values = _heads(value, [(s.key_start, s.key_stop) for s in sets])
+    outputs = []
+    for plan, q, k, v in zip(plans, queries, keys, values, strict=True):
+        heads = slice(plan.heads.query_start, plan.heads.query_stop)
+        sizes = [rows.row_stop - rows.row_start for rows in plan.rows]
+        by_rows = zip(plan.rows, _split(q, sizes, 0), _split(k, sizes, 0), _split(v, sizes, 0), strict=True)
+        outputs.append(_join([_attend_rows(rows, *qkv, heads, kernel) for rows, *qkv in by_rows], 0))
+    return _join(outputs, 2).transpose(1, 2)
+
+
+def _attend_rows(plan: RowPlan, q: Tensor, k: Tensor, v: Tensor, heads: slice, kernel: Kernel) -> Tensor:
+    """(R, h, N, D) rows laid out alike -> (R, N, h, Dv)."""
+    order = None if plan.order is None else plan.order.to(q.device)
+    if order is not None:
+        q, k, v = (_PermuteTokens.apply(x, order) for x in (q, k, v))
+    sizes, runs = _with_gaps(plan.runs, q.shape[2])
+    pieces = zip(runs, _split(q, sizes, 2), _split(k, sizes, 2), _split(v, sizes, 2), strict=True)
+    output = _join(
+        [
+            _attend_run(run, *qkv, heads, kernel)
+            if run
+            else qkv[2].new_zeros(qkv[0].shape[0], qkv[0].shape[2], qkv[0].shape[1], qkv[2].shape[3])
+            for run, *qkv in pieces
+        ],
+        1,
+    )
+    if order is not None:
+        output = _PermuteTokens.apply(output.transpose(1, 2), order.argsort()).transpose(1, 2)
+    return output
+
+
+def _attend_run(run: Run, q: Tensor, k: Tensor, v: Tensor, heads: slice, kernel: Kernel) -> Tensor:
+    """(R, h, count * L, D) neighbouring blocks -> (R, count * L, h, Dv) with one kernel call where strides allow."""
+    if run.count == 1:
+        return kernel(q, k, v, heads).transpose(1, 2)
+    mergeable = all(x.shape[0] == 1 or x.stride(0) == x.shape[2] * x.stride(2) for x in (q, k, v))
+    if not mergeable:
+        rows = zip(q.split(1), k.split(1), v.split(1), strict=True)
+        return _join([_attend_run(run, *row, heads, kernel) for row in rows], 0)
+    blocks = [x.transpose(1, 2).unflatten(1, (run.count, run.length)).flatten(0, 1).transpose(1, 2) for x in (q, k, v)]
+    output = kernel(*blocks, heads).transpose(1, 2)
+    return output.unflatten(0, (q.shape[0], run.count)).flatten(1, 2)
+
+
+def _with_gaps(runs: Sequence[Run], length: int) -> tuple[list[int], list[Run | None]]:
+    """Token counts of the runs and of the padding between them (None), covering a row of `length` tokens."""
+    sizes: list[int] = []
+    pieces: list[Run | None] = []
+    at = 0
+    for run in runs:
+        if run.start > at:
+            sizes.append(run.start - at)
+            pieces.append(None)
+        sizes.append(run.stop - run.start)
+        pieces.append(run)
+        at = run.stop
+    if at < length:
+        sizes.append(length - at)
+        pieces.append(None)
+    return sizes, pieces
+
+
+def _heads(x: Tensor, ranges: Sequence[tuple[int, int]]) -> Sequence[Tensor]:
+    """Views of the heads in `ranges`; one split where they follow each other, because its gradient is one copy."""
+    edges = [0, *(stop for _, stop in ranges)]
+    if edges[-1] == x.shape[1] and [start for start, _ in ranges] == edges[:-1]:
+        return _split(x, [stop - start for start, stop in ranges], 1)
+    return [x[:, start:stop] for start, stop in ranges]
+
+
+def _split(x: Tensor, sizes: Sequence[int], dim: int) -> Sequence[Tensor]:
+    return [x] if len(sizes) == 1 else x.split(list(sizes), dim)
+
+
+def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

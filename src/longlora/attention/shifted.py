@@ -1,0 +1,74 @@
+"""`shifted_attention`: S2-Attn and every other pattern on plain tensors (paper section 3.2)."""
+
+from torch import Tensor
+
+from longlora.attention.block_attention import block_attention
+from longlora.attention.kernels import eager_kernel, sdpa_kernel
+from longlora.attention.layout import Documents, documents_from_segments, plan
+from longlora.errors import UserError, check_choice
+
+BACKENDS = ("auto", "sdpa", "eager")
+
+
+def shifted_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group_size: int,
+    segment_ids: Tensor | None = None,
+    pattern: str = "shift",
+    backend: str = "auto",
+    *,
+    layer: int = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """Shifted sparse attention: causal inside groups, half of the heads with the groups moved by half a group.
+
+    Any length, group size, head count and mix of documents is valid; nothing of size N x N is allocated.
+
+    Args:
+        query: (B, H, N, D), H a multiple of Hkv.
+        key: (B, Hkv, N, D).
+        value: (B, Hkv, N, Dv).
+        group_size: G, tokens a group, at least 2. A document of at most G tokens gets plain causal attention.
+        segment_ids: (B, N) whole numbers; neighbouring tokens of one id are a document, negative ids are padding
+            (its output is zero). Default: each row is one document.
+        pattern: a name of `longlora.settings.PATTERNS`.
+        backend: `sdpa` (PyTorch's fused attention), `eager` (written out), or `auto`.
+        layer: ordinal of the layer, for `shift-layers`.
+        scale: factor of the scores; default 1 / sqrt(D).
+
+    Returns:
+        (B, H, N, Dv).
+
+    Raises:
+        UserError: shapes that do not fit each other, a group below 2, an unknown pattern or backend.
+    """
+    check_choice("backend", backend, BACKENDS)
+    _check_shapes(query, key, value, group_size)
+    rows, _, length, _ = query.shape
+    if segment_ids is None:
+        documents: Documents = (((0, length),),) * rows
+    elif tuple(segment_ids.shape) != (rows, length):
+        raise UserError(f"segment_ids is {tuple(segment_ids.shape)}: it must be (B, N) = {(rows, length)}.")
+    else:
+        documents = documents_from_segments(segment_ids)
+    plans = plan(documents, length, query.shape[1], key.shape[1], group_size, pattern, layer)
+    kernel = eager_kernel(scale) if backend == "eager" else sdpa_kernel(scale)
+    return block_attention(query, key, value, plans, kernel)
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, group_size: int) -> None:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if not query.ndim == key.ndim == value.ndim == 4:
+        raise UserError(f"{shapes}: each must have four dimensions, (B, heads, N, D).")
+    fits = (
+        key.shape[:3] == value.shape[:3]
+        and query.shape[0] == key.shape[0]
+        and query.shape[2:] == key.shape[2:]
+        and query.shape[2] > 0
+    )
+    if not fits:
+        raise UserError(f"{shapes}: B, N and D must agree (N at least 1), and key and value have the same heads.")
+    if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size < 2:
+        raise UserError(f"group_size is {group_size}: it must be a whole number of at least 2 tokens.")

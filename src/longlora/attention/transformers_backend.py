@@ -1,0 +1,251 @@
+"""`s2_attn` as an attention implementation of transformers: S2 while training, the model's own attention otherwise.
+
+No class is patched. A hook before each forward chooses the implementation by the model's mode, so `eval()` is the
+model's ordinary attention itself. The paper trains with S2-Attn and keeps full attention for inference (section 3.2).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from longlora.attention.block_attention import block_attention
+from longlora.attention.kernels import eager_kernel, sdpa_kernel
+from longlora.attention.layout import Documents, documents_from_model_inputs, plan
+from longlora.attention.local_attention import local_attention
+from longlora.errors import UserError, check_choice
+from longlora.settings import PATTERNS
+
+IMPLEMENTATION = "s2_attn"
+
+_STATE = "shifted_attention_state"
+
+_WITHOUT_EFFECT = frozenset(
+    "position_ids position_embeddings cache_position use_cache is_causal return_dict num_items_in_batch "
+    "output_attentions output_hidden_states output_router_logits "
+    "cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split()
+)
+"""Keywords models hand on that do not change what attention computes here; packing is read from position_ids."""
+
+
+@dataclass
+class ShiftedAttentionState:
+    """What the attention layers of one model share."""
+
+    group_size: int
+    pattern: str
+    inference: bool
+    ordinary: str
+    """The model's own attention implementation, used outside training."""
+    global_layers: dict[int, int]
+    """Layer index -> ordinal among the layers with full attention."""
+    served: int = 0
+    """Layer calls answered in the present forward pass."""
+    handles: list[RemovableHandle] = field(default_factory=list)
+    seen: tuple[Tensor | None, Tensor | None, int, Documents] | None = None
+    """Mask, positions, length and documents of the last call: the layers of one forward pass share them."""
+
+    def documents(self, rows: int, length: int, mask: Tensor | None, positions: Tensor | None) -> Documents:
+        if self.seen and self.seen[0] is mask and self.seen[1] is positions and self.seen[2] == length:
+            documents = self.seen[3]
+            if len(documents) == rows:
+                return documents
+        documents = documents_from_model_inputs(rows, length, mask, positions)
+        self.seen = (mask, positions, length, documents)
+        return documents
+
+
+def use_shifted_attention(
+    model: nn.Module, group_size: int | None = None, pattern: str = "shift", *, inference: bool = False
+) -> nn.Module:
+    """Let `model` train with S2-Attn: `model.train()` uses it, `model.eval()` the model's ordinary full attention.
+
+    May be called again to change the group size or the pattern.
+
+    Args:
+        model: a transformers decoder, also one wrapped by PEFT.
+        group_size: G in tokens; default a quarter of the model's window.
+        pattern: a name of `longlora.settings.PATTERNS`; `full` is causal attention through the same code.
+        inference: use the pattern in `eval()` too, for ablations (paper table 2); without a KV cache.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        UserError: a model that takes no attention implementation (ALiBi among them), a group below 2 tokens, or an
+            unknown pattern.
+    """
+    check_choice("pattern", pattern, PATTERNS)
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if not models:
+        raise UserError(f"{type(model).__name__} is not a transformers model: S2-Attn needs a PreTrainedModel.")
+    base = models[0]
+    _check_served(base)
+    config = base.config.get_text_config()
+    if group_size is None:
+        group_size = max(2, config.max_position_embeddings // 4)
+    if not isinstance(group_size, int) or group_size < 2:
+        raise UserError(f"group_size is {group_size}: it must be a whole number of at least 2 tokens.")
+
+    previous = getattr(base, _STATE, None)
+    if previous:
+        for handle in previous.handles:
+            handle.remove()
+    present = config._attn_implementation
+    ordinary = previous.ordinary if previous else present if present != IMPLEMENTATION else "sdpa"
+    state = ShiftedAttentionState(group_size, pattern, inference, ordinary, _global_layers(config))
+    for module in base.modules():
+        if hasattr(module, "layer_idx") or module is base:
+            setattr(module, _STATE, state)
+    state.handles = [
+        module.register_forward_pre_hook(_ChooseImplementation(state, outermost=module is base)) for module in models
+    ]
+    state.handles.append(base.register_forward_hook(_ProveServed(state)))
+    return model
+
+
+def _check_served(model: PreTrainedModel) -> None:
+    name, config = type(model).__name__, model.config.get_text_config()
+    if getattr(config, "alibi", False) or not type(model)._can_set_attn_implementation():
+        raise UserError(
+            f"{name} does not take an attention implementation from transformers (AttentionInterface; models with "
+            "ALiBi such as Bloom, MPT and Falcon do not): S2-Attn cannot serve it. Use a decoder with rotary positions "
+            "such as Llama, Mistral, Qwen, Phi-3, GPT-NeoX, OLMo-2 or Gemma."
+        )
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    unknown = kinds - {"full_attention", "sliding_attention", "linear_attention"}
+    if unknown:
+        raise UserError(f"{name} has layers of type {', '.join(sorted(unknown))}, which S2-Attn does not serve.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{name} is an encoder-decoder: S2-Attn serves decoder-only language models.")
+
+
+def _global_layers(config) -> dict[int, int]:
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    layers = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+    return {layer: ordinal for ordinal, layer in enumerate(layers)}
+
+
+class _ChooseImplementation:
+    """Pre-forward hook: S2 in training, the model's own attention in evaluation."""
+
+    def __init__(self, state: ShiftedAttentionState, outermost: bool):
+        self.state, self.outermost = state, outermost
+
+    def __call__(self, module: nn.Module, arguments: tuple) -> None:
+        wanted = IMPLEMENTATION if module.training or self.state.inference else self.state.ordinary
+        if module.config._attn_implementation != wanted:
+            module.config._attn_implementation = wanted
+        if self.outermost:
+            self.state.served = 0
+
+
+class _ProveServed:
+    """Post-forward hook: a forward pass in training that never reached S2-Attn is an error, not silent full attention."""
+
+    def __init__(self, state: ShiftedAttentionState):
+        self.state = state
+
+    def __call__(self, module: nn.Module, arguments: tuple, output: object) -> None:
+        if module.training and not self.state.served and not torch.compiler.is_compiling():
+            raise UserError(
+                f"{type(module).__name__} never called the attention implementation '{IMPLEMENTATION}': its layers "
+                "compute attention themselves, so S2-Attn cannot serve it."
+            )
+
+
+def shifted_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    **keywords,
+) -> tuple[Tensor, None]:
+    """The attention function of transformers' AttentionInterface.
+
+    Args:
+        query: (B, H, N, D); key: (B, Hkv, N, D); value: (B, Hkv, N, Dv).
+        attention_mask: (B, N), nonzero where there is a token, or None.
+        position_ids: (B, N) or (1, N); packed documents show as positions that restart.
+
+    Returns:
+        (B, N, H, Dv), and no attention weights.
+
+    Raises:
+        UserError: a keyword, mask or cache that S2-Attn cannot honour.
+    """
+    state: ShiftedAttentionState | None = getattr(module, _STATE, None)
+    if state is None:
+        raise UserError(
+            f"attention implementation '{IMPLEMENTATION}' is set, but the group size is not known: call "
+            "longlora.use_shifted_attention(model, group_size) first."
+        )
+    _refuse_what_cannot_be_honoured(query, key, attention_mask, position_ids, module, keywords)
+    rows, heads, length, _ = query.shape
+    documents = state.documents(rows, length, attention_mask, position_ids)
+    special = softcap is not None or s_aux is not None
+    dropout = dropout if module.training else 0.0
+    kernel = eager_kernel(scaling, dropout, softcap, s_aux) if special else sdpa_kernel(scaling, dropout)
+    state.served += 1
+
+    ordinal = state.global_layers.get(module.layer_idx)
+    if sliding_window is not None and length > sliding_window:
+        if ordinal is not None:
+            raise UserError(
+                f"every layer of this model attends to the last {sliding_window:,} tokens only (sliding_window), and "
+                f"the row has {length:,}: there is no full attention for S2-Attn to replace. Set sliding_window to "
+                "null in the model's config.json to train it with a longer reach."
+            )
+        output = local_attention(query, key, value, documents, sliding_window, kernel)
+        return output.transpose(1, 2).contiguous(), None
+    pattern = state.pattern if ordinal is not None else "full"
+    plans = plan(documents, length, heads, key.shape[1], state.group_size, pattern, ordinal or 0)
+    return block_attention(query, key, value, plans, kernel).transpose(1, 2).contiguous(), None
+
+
+def _refuse_what_cannot_be_honoured(
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    module: nn.Module,
+    keywords: dict,
+) -> None:
+    unknown = sorted(
+        name
+        for name, given in keywords.items()
+        if name not in _WITHOUT_EFFECT and given is not None and given is not False
+    )
+    if unknown:
+        raise UserError(
+            f"{type(module).__name__} hands attention the keyword '{unknown[0]}', which S2-Attn does not honour; "
+            "the model cannot be trained with it."
+        )
+    if keywords.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise UserError(f"{type(module).__name__} is not causal: S2-Attn serves causal self-attention only.")
+    if key.shape[2] != query.shape[2]:
+        raise UserError(
+            f"{query.shape[2]} queries and {key.shape[2]} keys: S2-Attn has no KV cache; pass use_cache=False, or call "
+            "model.eval(), which uses the model's full attention."
+        )
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise UserError(
+            f"the attention mask is {tuple(attention_mask.shape)}: S2-Attn takes a padding mask of shape (B, N); give "
+            "packed documents through position_ids that restart."
+        )
+    if position_ids is not None and position_ids.ndim != 2:
+        raise UserError(f"position_ids is {tuple(position_ids.shape)}: S2-Attn takes (B, N).")
+
+
+AttentionInterface.register(IMPLEMENTATION, shifted_attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])

@@ -1,0 +1,270 @@
+"""Every knob, once: its unit, default and source. The command line and YAML recipes are both made from these.
+
+This file imports nothing heavy, so that `longlora --help` answers at once. "Paper" is LongLoRA, arXiv 2309.12307.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+from longlora.errors import UserError, check_choice
+
+PATTERNS = ("shift", "shift-layers", "plain", "shifted", "cyclic", "dilated", "strided", "full")
+METHODS = ("yarn", "linear", "ntk", "dynamic", "llama3", "longrope", "none")
+TRAINABLE = ("lora", "norm", "embed", "full")
+PACKINGS = ("concatenate", "isolate")
+SCORES = ("last", "window")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.replace("+", ",").split(",") if part.strip()]
+
+
+def _whole_numbers(words: list[str]) -> tuple[int, ...]:
+    return tuple(int(part.replace("_", "")) for word in words for part in _split(word))
+
+
+def _names(words: list[str]) -> tuple[str, ...]:
+    return tuple(part for word in words for part in _split(word))
+
+
+def _comma(value: Iterable[object]) -> list[str]:
+    return [",".join(str(part) for part in value)]
+
+
+def _is_tuple(value: object) -> bool:
+    return isinstance(value, tuple)
+
+
+Tokens = Annotated[
+    tuple[int, ...],
+    PrimitiveConstructorSpec(
+        nargs=1, metavar="N,N,…", instance_from_str=_whole_numbers, is_instance=_is_tuple, str_from_instance=_comma
+    ),
+]
+"""Whole numbers written with commas, `512,1024,2048`."""
+
+Names = Annotated[
+    tuple[str, ...],
+    PrimitiveConstructorSpec(
+        nargs=1, metavar="NAME,NAME,…", instance_from_str=_names, is_instance=_is_tuple, str_from_instance=_comma
+    ),
+]
+"""Names written with commas or plus signs, `lora,norm,embed`."""
+
+
+def _choice(names: tuple[str, ...]) -> object:
+    return tyro.conf.arg(metavar="{" + ",".join(names) + "}")
+
+
+def _at_least(thing: str, given: float, least: float, unit: str = "") -> None:
+    if given < least:
+        raise UserError(f"--{thing} is {given}: it must be at least {least}{' ' + unit if unit else ''}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionSettings:
+    """How the rotary positions are stretched (paper section 3.3 and DESIGN section 3)."""
+
+    context: int
+    """Context length to train for and to write into the model's config, in tokens."""
+
+    method: Annotated[str, _choice(METHODS)] = "yarn"
+    """RoPE extension: `linear` is the paper's Position Interpolation (arXiv 2306.15595), `yarn` is arXiv 2309.00071."""
+
+    def __post_init__(self) -> None:
+        _at_least("context", self.context, 2, "tokens")
+        check_choice("--method", self.method, METHODS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSettings:
+    """Attention while training (paper section 3.2). Evaluation always uses the model's own full attention."""
+
+    pattern: Annotated[str, _choice(PATTERNS)] = "shift"
+    """Which tokens each head sees; `shift` is the paper's S2-Attn (table 2 names the others)."""
+
+    group_size: int | None = None
+    """Tokens a group; default a quarter of the context (paper section 4.1, table 11)."""
+
+    def __post_init__(self) -> None:
+        check_choice("--pattern", self.pattern, PATTERNS)
+        if self.group_size is not None:
+            _at_least("group-size", self.group_size, 2, "tokens")
+
+    def tokens_per_group(self, context: int) -> int:
+        """The group size in tokens for a training context of `context` tokens."""
+        return self.group_size or max(2, context // 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainableSettings:
+    """What trains: LoRA plus norm and embedding layers by default (paper section 3.3, table 3)."""
+
+    train: Names = ("lora", "norm", "embed")
+    """Parts that train: any of lora, norm, embed together, or full for every weight."""
+
+    rank: int = 8
+    """LoRA rank (paper section 4.1)."""
+
+    alpha: float = 16.0
+    """LoRA alpha; the update is scaled by alpha / rank (the original code's 16)."""
+
+    lora_dropout: float = 0.0
+    """Dropout before the LoRA matrices, a share from 0 to 1."""
+
+    def __post_init__(self) -> None:
+        for name in self.train:
+            check_choice("--train part", name, TRAINABLE)
+        if not self.train or ("full" in self.train and len(self.train) > 1):
+            raise UserError(
+                f"--train is '{','.join(self.train)}': give any of lora, norm, embed together, or full alone."
+            )
+        _at_least("rank", self.rank, 1)
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora-dropout is {self.lora_dropout}: it must be from 0 up to, not including, 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSettings:
+    """Documents and how they become training rows (paper section 4.1 concatenates)."""
+
+    data: tuple[str, ...] = ()
+    """Files, folders (txt, md, source code, PDF, jsonl, jsonl.gz, jsonl.zst, parquet), `hub:NAME`, or `stdlib`."""
+
+    text_field: str = "text"
+    """Field of a JSONL, parquet or hub record that holds the text."""
+
+    packing: Annotated[str, _choice(PACKINGS)] = "concatenate"
+    """`concatenate` joins documents end to end and cuts (the paper); `isolate` keeps documents apart in a row."""
+
+    prefer_long: bool = False
+    """Train first on documents of at least `context` tokens; shorter ones follow when those run out."""
+
+    max_tokens: int | None = None
+    """Stop reading after this many tokens; for streamed corpora that never end."""
+
+    cache: str | None = None
+    """Folder of the tokenised corpus; default `$LONGLORA_CACHE`, else `~/.cache/longlora`."""
+
+    def __post_init__(self) -> None:
+        check_choice("--packing", self.packing, PACKINGS)
+        if self.max_tokens is not None:
+            _at_least("max-tokens", self.max_tokens, 1, "tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """Optimisation, by default the paper's recipe (section 4.1 and appendix B.2)."""
+
+    steps: int = 1000
+    """Optimiser steps (paper section 4.1)."""
+
+    batch: int = 64
+    """Rows of `context` tokens an optimiser step, over all devices (paper section 4.1: global batch 64)."""
+
+    device_batch: int = 1
+    """Rows a device holds at a time; gradients accumulate up to `batch`."""
+
+    lr: float = 2e-5
+    """Peak learning rate of LoRA, or of every weight with `--train full` (paper section 4.1)."""
+
+    norm_lr: float | None = None
+    """Peak learning rate of norm layers; default `lr`."""
+
+    embed_lr: float | None = None
+    """Peak learning rate of embeddings; default `lr`. Short runs at a high `lr` want about a tenth of it."""
+
+    schedule: Annotated[str, _choice(("constant", "linear", "cosine"))] = "constant"
+    """Learning rate after warm-up (paper section 4.1: constant)."""
+
+    warmup_steps: int = 20
+    """Steps of linear warm-up (the original code's 20)."""
+
+    weight_decay: float = 0.0
+    """AdamW weight decay (paper section 4.1: 0)."""
+
+    beta1: float = 0.9
+    """AdamW first moment decay (paper section 4.1)."""
+
+    beta2: float = 0.95
+    """AdamW second moment decay (paper section 4.1)."""
+
+    max_grad_norm: float = 1.0
+    """Gradient clipping by global norm; 0 turns it off."""
+
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    dtype: Annotated[str, _choice(("float32", "bfloat16", "float16"))] = "bfloat16"
+    """Arithmetic of the forward and backward pass; what trains is kept in float32."""
+
+    loss_chunk: int = 1024
+    """Tokens whose logits exist at one time (memory: this many times the vocabulary, in float32)."""
+
+    seed: int = 0
+    """Seed of the data order, of new LoRA weights and of dropout."""
+
+    save_every: int = 100
+    """Steps between checkpoints."""
+
+    evaluate_every: int | None = None
+    """Steps between evaluations of the held-out loss; default none but the last."""
+
+    report_to: Names = ()
+    """Trackers the Trainer reports to: tensorboard, wandb, …"""
+
+    resume: bool = False
+    """Go on from the last checkpoint in the output folder."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "device_batch", "loss_chunk", "save_every"):
+            _at_least(name.replace("_", "-"), getattr(self, name), 1)
+        if self.batch % self.device_batch:
+            raise UserError(f"--batch is {self.batch}: it must be a multiple of --device-batch, {self.device_batch}.")
+        check_choice("--schedule", self.schedule, ("constant", "linear", "cosine"))
+        check_choice("--dtype", self.dtype, ("float32", "bfloat16", "float16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexitySettings:
+    """Sliding-window perplexity (DESIGN section 6; paper section 4.2 with its stride of 256)."""
+
+    contexts: Tokens = ()
+    """Context lengths to test, in tokens; default every doubling from the model's original window to its present one."""
+
+    stride: int = 256
+    """Tokens the window slides by (paper section 4.1: 256)."""
+
+    score: Annotated[str, _choice(SCORES)] = "last"
+    """`last` scores the newest tokens of each window, each token once; `window` averages whole windows as the paper did."""
+
+    evaluation_batch: int = 0
+    """Windows a forward pass; 0 chooses about 8,192 tokens a pass."""
+
+    max_documents: int | None = None
+    """Evaluate only the first this many documents that are long enough."""
+
+    min_document_tokens: int | None = None
+    """Leave out documents shorter than this at every context, so that all contexts see the same text; default: each context its own."""
+
+    def __post_init__(self) -> None:
+        for context in self.contexts:
+            _at_least("contexts", context, 2, "tokens")
+        _at_least("stride", self.stride, 1, "tokens")
+        check_choice("--score", self.score, SCORES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadSettings:
+    """How MODEL is found and loaded."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub model."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
