@@ -268,3 +268,150 @@ class LoadSettings:
 
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandSettings:
+    """What every command takes."""
+
+    config: str | None = None
+    """YAML recipe with the same names as the flags; flags override it."""
+
+    json: bool = False
+    """Print exactly one JSON object on standard output, everything else on standard error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendSettings(CommandSettings):
+    """Give MODEL a longer context: stretch its positions, train with S2-Attn on long documents, measure."""
+
+    model: tyro.conf.Positional[str]
+    """`demo`, a hub id, a folder, a .gguf file, a run directory, or an adapter folder."""
+
+    output: str
+    """Run directory to create."""
+
+    evaluation_data: tuple[str, ...] = ()
+    """Documents to measure on, as for `data`; default a sixteenth of `data`, held out from training by name."""
+
+    positions: PositionSettings
+    attention: AttentionSettings = AttentionSettings()
+    trainable: TrainableSettings = TrainableSettings()
+    corpus: CorpusSettings = CorpusSettings()
+    training: TrainingSettings = TrainingSettings()
+    perplexity: PerplexitySettings = PerplexitySettings()
+    loading: LoadSettings = LoadSettings()
+
+    def __post_init__(self) -> None:
+        if not self.corpus.data:
+            raise UserError("--data is missing: name files, folders, hub:NAME, or stdlib to train on.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatePerplexitySettings(CommandSettings):
+    """Sliding-window perplexity of one or more models at any context lengths."""
+
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """One or more of: `demo`, a hub id, a folder, a .gguf file, a run directory, an adapter folder."""
+
+    corpus: CorpusSettings = CorpusSettings()
+    perplexity: PerplexitySettings = PerplexitySettings()
+    loading: LoadSettings = LoadSettings()
+
+    extend_to: int | None = None
+    """Stretch the positions to this context first, without training, in tokens."""
+
+    method: Annotated[str, _choice(METHODS)] = "yarn"
+    """How positions are stretched with `extend_to`."""
+
+    dtype: Annotated[str, _choice(DTYPES)] = "auto"
+    """Arithmetic of the weights; `auto` keeps the checkpoint's own."""
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise UserError("MODEL is missing: name at least one model to evaluate.")
+        if not self.corpus.data:
+            raise UserError("--data is missing: name files, folders, hub:NAME, or stdlib to evaluate on.")
+        check_choice("--method", self.method, METHODS)
+        check_choice("--dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings(CommandSettings):
+    """Fold a run's adapter into its base: a plain Hugging Face folder that anything can load."""
+
+    model: tyro.conf.Positional[str]
+    """A run directory or an adapter folder."""
+
+    output: str
+    """Folder to create."""
+
+    dtype: Annotated[str, _choice(DTYPES)] = "auto"
+    """Arithmetic of the saved weights; `auto` keeps the base model's own."""
+
+    def __post_init__(self) -> None:
+        check_choice("--dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchAttentionSettings(CommandSettings):
+    """Time S2-Attn against full causal attention, forward and backward, in one process, alternating."""
+
+    length: Tokens = (8192,)
+    """Tokens N a row; several with commas."""
+
+    group: int | None = None
+    """Tokens a group; default a quarter of each length."""
+
+    heads: int = 8
+    """Query heads."""
+
+    key_heads: int | None = None
+    """KV heads; default as many as query heads."""
+
+    head_dim: int = 64
+    """Width of a head."""
+
+    rows: int = 1
+    """Rows a batch."""
+
+    dtype: Annotated[str, _choice(DTYPES[1:])] = "bfloat16"
+    """Arithmetic."""
+
+    pattern: Annotated[str, _choice(PATTERNS)] = "shift"
+    """Attention pattern measured against full attention."""
+
+    repeats: int = 5
+    """Timed rounds after one warm-up; medians are reported."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto."""
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "head_dim", "rows", "repeats"):
+            _at_least(name.replace("_", "-"), getattr(self, name), 1)
+        for length in self.length:
+            _at_least("length", length, 2, "tokens")
+        if self.group is not None:
+            _at_least("group", self.group, 2, "tokens")
+        check_choice("--dtype", self.dtype, DTYPES[1:])
+        check_choice("--pattern", self.pattern, PATTERNS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings(CommandSettings):
+    """Extend the shipped model 512 -> 4096 tokens on the standard library's source, and draw what changed."""
+
+    output: str = "runs/demo"
+    """Run directory; an earlier demo there is replaced."""
+
+    seed: int = 0
+    """Seed of data order and new weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings(CommandSettings):
+    """Draw report.html of a run directory anew."""
+
+    model: tyro.conf.Positional[str]
+    """A run directory."""

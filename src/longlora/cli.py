@@ -1,0 +1,213 @@
+"""The command line: settings from flags and YAML, one function a command, errors as sentences.
+
+Commands and recipes are made from the dataclasses of `longlora.settings`; heavy rooms are imported when a command runs.
+"""
+
+import dataclasses
+import errno
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+import yaml
+
+from longlora import settings as s
+from longlora.errors import UserError, nearest
+
+Result = dict[str, Any]
+
+
+def _extend(settings: s.ExtendSettings) -> Result:
+    from longlora.extension import extend
+
+    return extend(settings)
+
+
+def _perplexity(settings: s.EvaluatePerplexitySettings) -> Result:
+    from longlora.evaluation.command import evaluate_perplexity
+
+    return evaluate_perplexity(settings)
+
+
+def _merge(settings: s.MergeSettings) -> Result:
+    from longlora.merging import merge
+
+    return merge(settings.model, settings.output, dtype=settings.dtype)
+
+
+def _bench_attention(settings: s.BenchAttentionSettings) -> Result:
+    from longlora.bench import bench_attention
+
+    return bench_attention(settings)
+
+
+def _demo(settings: s.DemoSettings) -> Result:
+    from longlora.demo import demo
+
+    return demo(settings)
+
+
+def _report(settings: s.ReportSettings) -> Result:
+    from longlora.report.page import write_report
+
+    return {"report": str(write_report(settings.model))}
+
+
+COMMANDS: dict[str, tuple[type[s.CommandSettings], Callable[[Any], Result]]] = {
+    "extend": (s.ExtendSettings, _extend),
+    "eval perplexity": (s.EvaluatePerplexitySettings, _perplexity),
+    "merge": (s.MergeSettings, _merge),
+    "report": (s.ReportSettings, _report),
+    "demo": (s.DemoSettings, _demo),
+    "bench attention": (s.BenchAttentionSettings, _bench_attention),
+}
+"""Command words -> the dataclass they are parsed into and the function that runs it."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command; the exit status is 2 for a mistake of the user's, 130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        name, settings = parse(argv)
+        _quiet_libraries()
+        result = COMMANDS[name][1](settings)
+        if settings.json:
+            print(json.dumps(result))
+    except UserError as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        _fail(f"the disk is full{where}: free some space, then give the same command with --resume.", 2)
+    except KeyboardInterrupt:
+        _fail("stopped. Training goes on from its last checkpoint with --resume.", 130)
+
+
+def parse(argv: Sequence[str]) -> tuple[str, Any]:
+    """The command's name and its settings, from flags and from the YAML file of `--config`.
+
+    Raises:
+        UserError: unknown command, unreadable recipe, unknown key, or a value out of range.
+        SystemExit: `--help`, or flags that do not parse (status 2).
+    """
+    name, rest = _command(list(argv))
+    kind = COMMANDS[name][0]
+    return name, tyro.cli(
+        kind, args=_with_recipe(kind, rest), prog=f"longlora {name}", description=kind.__doc__, config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+def _command(argv: list[str]) -> tuple[str, list[str]]:
+    for count in (2, 1):
+        name = " ".join(argv[:count])
+        if name in COMMANDS:
+            return name, argv[count:]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        raise SystemExit(0 if argv else 2)
+    if argv[0] == "--version":
+        import importlib.metadata
+
+        print(f"longlora {importlib.metadata.version('longlora')}")
+        raise SystemExit(0)
+    group = [name for name in COMMANDS if name.startswith(argv[0] + " ")]
+    if group:
+        given = argv[1] if len(argv) > 1 else ""
+        if given in ("", "-h", "--help"):
+            print(_overview(group))
+            raise SystemExit(0 if given else 2)
+        raise UserError(
+            f"unknown command '{argv[0]} {given}': it must be one of {', '.join(group)}. "
+            f"{nearest(f'{argv[0]} {given}', group)}".rstrip()
+        )
+    raise UserError(
+        f"unknown command '{argv[0]}': it must be one of {', '.join(COMMANDS)}. {nearest(argv[0], COMMANDS)}".rstrip()
+    )
+
+
+def _overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
+    lines = ["usage: longlora COMMAND [OPTIONS]", "", "A longer context window for a language model you already have."]
+    lines += ["", "commands:"]
+    width = max(len(name) for name in names)
+    for name in names:
+        first_sentence = (COMMANDS[name][0].__doc__ or "").splitlines()[0]
+        lines.append(f"  {name:<{width}}  {first_sentence}")
+    lines += ["", "`longlora COMMAND --help` lists a command's options; `longlora demo` shows the whole way at once."]
+    return "\n".join(lines)
+
+
+def _with_recipe(kind: type[s.CommandSettings], rest: list[str]) -> list[str]:
+    """`rest` with the YAML file of its `--config`, as the flags it stands for, before the flags given."""
+    path = None
+    for at, word in enumerate(rest):
+        if word == "--config" and at + 1 < len(rest):
+            path = rest[at + 1]
+        elif word.startswith("--config="):
+            path = word.partition("=")[2]
+    if path is None:
+        return rest
+    try:
+        with open(path, encoding="utf-8") as file:
+            recipe = yaml.safe_load(file)
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read ({error.strerror}): name a YAML recipe.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"--config {path} must hold `name: value` lines with the names of the flags.")
+    fields = _fields(kind)
+    words: list[str] = []
+    positional: list[str] = []
+    for key, value in recipe.items():
+        name = str(key).replace("-", "_")
+        if name not in fields or name in ("config", "json"):
+            raise UserError(
+                f"--config {path}: unknown key '{key}'. {nearest(name, fields)} `longlora COMMAND --help` lists the "
+                "names.".replace("  ", " ")
+            )
+        if value is None:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if name in ("model", "models"):
+            positional = [str(part) for part in value] if isinstance(value, list) else [str(value)]
+        elif isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            many = [str(part) for part in value]
+            words += [flag, *many] if "data" in name else [flag, ",".join(many)]
+        else:
+            words += [flag, str(value)]
+    first_flag = next((at for at, word in enumerate(rest) if word.startswith("-")), len(rest))
+    return [*(rest[:first_flag] or positional), *words, *rest[first_flag:]]
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    """Every setting of a command by name, those of its nested dataclasses among them."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type):
+            found |= _fields(field.type)
+        else:
+            found[field.name] = field
+    return found
+
+
+def _quiet_libraries() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    logging.getLogger("longlora").setLevel(logging.INFO)
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _fail(sentence: str, status: int) -> None:
+    print(f"longlora: {sentence}", file=sys.stderr)
+    raise SystemExit(status)

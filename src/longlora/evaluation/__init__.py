@@ -1,0 +1,1 @@
+"""How well a model uses its window: a room for each measure."""

@@ -1,0 +1,290 @@
+"""`longlora extend`: base model and long documents in, the same model with a longer window out, measured on the way."""
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from longlora.adapters import add_adapters_from, save_adapter, trainable_summary
+from longlora.attention.transformers_backend import use_shifted_attention
+from longlora.corpus.holding_out import held_out_documents
+from longlora.corpus.packing import PackedRows, describe, pack
+from longlora.corpus.tokens import tokenize_corpus
+from longlora.errors import UserError
+from longlora.evaluation.perplexity import default_contexts, perplexity, perplexity_report
+from longlora.models import load, load_config
+from longlora.positions import PositionExtension, extend_positions, present_context
+from longlora.report.page import write_report
+from longlora.run_directory import RunDirectory
+from longlora.settings import ExtendSettings, PerplexitySettings
+from longlora.training import train
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads: rows to train on and held-out documents to measure on (empty when there are none)."""
+
+    rows: PackedRows
+    held_out: Sequence[np.ndarray]
+    """Token ids (n,) of each document."""
+    name: str
+
+
+def extend(settings: ExtendSettings) -> dict[str, Any]:
+    """Run `longlora extend`.
+
+    Returns:
+        `{"output", "positions", "attention", "trainable", "training", "data", "evaluation"}`, also written to the run
+        directory as `evaluation/summary.json`.
+
+    Raises:
+        UserError: any setting, document, model or folder that does not fit, before anything is trained.
+    """
+    _refuse_early(settings)
+    run = RunDirectory(settings.output)
+    with run.locked():
+        with _nothing_left_behind(run):
+            run.begin("extend", flat(settings), settings.training.resume)
+            model, tokenizer = load_for_training(settings)
+            data = prepare_data(settings, tokenizer, model)
+        measured = _measured_contexts(settings, model, data)
+        evaluation = {}
+        if measured:
+            evaluation["base"] = measure(run, "base", "base model", model, settings, data, measured, 0)
+        extension = extend_positions(model, settings.positions.context, settings.positions.method)
+        if measured:
+            label = f"{settings.positions.method}, not trained"
+            evaluation["untrained"] = measure(run, "untrained", label, model, settings, data, measured, 1)
+
+        model, summary = train_extension(model, tokenizer, settings, run, data, extension)
+        if measured:
+            evaluation["trained"] = measure(run, "trained", "longlora", model, settings, data, measured, 2)
+        summary["evaluation"] = evaluation
+        run.write_evaluation("summary", summary)
+        write_report(run.path)
+    logger.info("done: %s", run.path)
+    return summary
+
+
+def train_extension(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: ExtendSettings,
+    run: RunDirectory,
+    data: Data,
+    extension: PositionExtension,
+) -> tuple[Any, dict[str, Any]]:
+    """Add what trains, train with the attention pattern, and save the adapter (or the model) into `run`.
+
+    Returns:
+        The trained model in eval mode, and the run's summary without its evaluation.
+    """
+    set_seed(settings.training.seed)
+    context = settings.positions.context
+    model = add_adapters_from(settings.trainable, model)
+    group = settings.attention.tokens_per_group(context)
+    use_shifted_attention(model, group, settings.attention.pattern)
+    trainable = trainable_summary(model)
+    logger.info(
+        "training %s of %s parameters (%.2f%%): %s",
+        f"{trainable['trainable']:,}",
+        f"{trainable['parameters']:,}",
+        100 * trainable["share"],
+        ", ".join(f"{name} {count:,}" for name, count in trainable["groups"].items()),
+    )
+    trained = train(
+        model,
+        data.rows,
+        settings.training,
+        run,
+        held_out=[ids for ids in data.held_out if len(ids) >= context][:8],
+        in_order=settings.corpus.prefer_long,
+    )
+    save_result(model, tokenizer, run, context)
+    model.eval()
+    return model, {
+        "output": str(run.path),
+        "model": settings.model,
+        "positions": asdict(extension),
+        "attention": {"pattern": settings.attention.pattern, "group_size": group},
+        "trainable": trainable,
+        "training": trained,
+        "data": {"name": data.name, **describe(data.rows)},
+    }
+
+
+def prepare_data(settings: ExtendSettings, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Data:
+    """Tokenise (or find in the cache) and pack the training documents, and tokenise the held-out ones.
+
+    Raises:
+        UserError: unreadable or too short documents, or tokens the model has no embedding for.
+    """
+    corpus, context = settings.corpus, settings.positions.context
+    training = tokenize_corpus(tokenizer, corpus, held_out=False)
+    chosen = np.arange(len(training))
+    if settings.evaluation_data or "stdlib" in corpus.data:
+        sources = settings.evaluation_data or ("stdlib",)
+        measured = tokenize_corpus(tokenizer, replace(corpus, data=sources, max_tokens=None), held_out=True)
+        held_out = [measured.document(index) for index in range(len(measured))]
+        parts = (training, measured)
+    else:
+        kept = held_out_documents(training, context)
+        held_out = [training.document(index) for index in kept]
+        chosen = np.setdiff1d(chosen, kept)
+        parts = (training,)
+    embedded = model.get_input_embeddings().num_embeddings
+    for part in parts:
+        if part.largest_token >= embedded:
+            raise UserError(
+                f"the tokenizer makes token {part.largest_token:,} but the model embeds only {embedded:,}: give the "
+                f"tokenizer that belongs to {settings.model}."
+            )
+    rows = pack(
+        training,
+        documents=chosen,
+        context=context,
+        packing=corpus.packing,
+        prefer_long=corpus.prefer_long,
+        seed=settings.training.seed,
+    )
+    facts = describe(rows)
+    logger.info(
+        "%s documents, %s tokens, %s rows of %s tokens%s",
+        f"{facts['documents']:,}",
+        f"{facts['tokens']:,}",
+        f"{facts['rows']:,}",
+        f"{context:,}",
+        "" if held_out else "; nothing held out to measure on: give --evaluation-data",
+    )
+    epochs = settings.training.steps * settings.training.batch / len(rows)
+    if epochs > 1:
+        logger.info("training passes over these rows %.1f times; more data or fewer --steps avoids that", epochs)
+    return Data(rows, held_out, ", ".join(settings.evaluation_data or corpus.data))
+
+
+def measure(
+    run: RunDirectory,
+    name: str,
+    label: str,
+    model: Any,
+    settings: ExtendSettings,
+    data: Data,
+    perplexities: PerplexitySettings,
+    order: int,
+) -> dict[str, Any]:
+    """Perplexity of `model` on the held-out documents, kept as `evaluation/perplexity-NAME.json`; read back on resume."""
+    file = f"perplexity-{name}"
+    known = run.read_evaluation(file) if settings.training.resume else None
+    if known:
+        return known
+    logger.info("perplexity of %s", label)
+    results = perplexity(model, data.held_out, perplexities)
+    document = {"label": label, "order": order, **perplexity_report(settings.model, data.name, perplexities, results)}
+    logger.info("  %s", "  ".join(f"{r.context:,}: {r.perplexity:.2f}" for r in results))
+    run.write_evaluation(file, document)
+    return document
+
+
+def save_result(model: Any, tokenizer: PreTrainedTokenizerBase, run: RunDirectory, context: int) -> None:
+    """Save `adapter/` (or `model/` after full training) in one step, with the tokenizer set to the new window."""
+    tokenizer.model_max_length = context
+    full = isinstance(model, PreTrainedModel)
+    target = run.model if full else run.adapter
+    beside = run.path / f".{target.name}.{os.getpid()}"
+    try:
+        if full:
+            model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+        else:
+            save_adapter(model, beside, tokenizer)
+        if target.exists():
+            shutil.rmtree(target)
+        beside.replace(target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _refuse_early(settings: ExtendSettings) -> None:
+    """Mistakes that need no weights to see."""
+    config = load_config(
+        settings.model, trust_remote_code=settings.loading.trust_remote_code, revision=settings.loading.revision
+    )
+    window = present_context(config)
+    if settings.positions.context <= window:
+        raise UserError(
+            f"--context is {settings.positions.context:,}: it must be above the window that {settings.model} has, "
+            f"{window:,} tokens."
+        )
+    group = settings.attention.tokens_per_group(settings.positions.context)
+    if group > settings.positions.context:
+        raise UserError(
+            f"--group-size is {group:,}: it must be at most the context, {settings.positions.context:,} tokens."
+        )
+
+
+def load_for_training(settings: ExtendSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loading = settings.loading
+    return load(
+        settings.model,
+        dtype=settings.training.dtype,
+        device=device,
+        trust_remote_code=loading.trust_remote_code,
+        revision=loading.revision,
+        merge=True,
+    )
+
+
+def _measured_contexts(settings: ExtendSettings, model: PreTrainedModel, data: Data) -> PerplexitySettings | None:
+    """The contexts to measure, all on the same documents: those long enough for the longest of them."""
+    if not data.held_out:
+        return None
+    contexts: Sequence[int] = settings.perplexity.contexts
+    if not contexts:
+        extended = type(model.config).from_dict(model.config.to_dict())
+        extend_positions(extended, settings.positions.context, settings.positions.method)
+        contexts = default_contexts(extended)
+    longest = max(len(ids) for ids in data.held_out)
+    reachable = tuple(context for context in contexts if context <= longest)
+    if len(reachable) < len(contexts):
+        logger.info(
+            "the longest held-out document has %s tokens: contexts above that are not measured", f"{longest:,}"
+        )
+    if not reachable:
+        return None
+    minimum = settings.perplexity.min_document_tokens or max(reachable)
+    return replace(settings.perplexity, contexts=reachable, min_document_tokens=minimum)
+
+
+@contextmanager
+def _nothing_left_behind(run: RunDirectory):
+    """A mistake found before training leaves no run directory where there was none."""
+    existed = run.settings_file.exists()
+    try:
+        yield
+    except UserError:
+        if not existed:
+            run.settings_file.unlink(missing_ok=True)
+        raise
+
+
+def flat(settings: Any) -> dict[str, Any]:
+    """Every setting by its flag's name."""
+    found: dict[str, Any] = {}
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if is_dataclass(value):
+            found |= flat(value)
+        elif field.name not in ("json", "config"):
+            found[field.name] = str(Path(value).resolve()) if field.name == "output" else value
+    return found

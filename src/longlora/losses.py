@@ -1,0 +1,226 @@
+"""The loss of a causal language model whose logits never exist as a whole.
+
+At 32k tokens and a vocabulary of 128k the logits of one row are 8 GiB in bfloat16, and 16 GiB again in float32. So the
+decoder runs once, and the LM head runs on the scored tokens only, some thousand at a time:
+
+    tokens ──► decoder ──► hidden (B, N, E) ──► scored tokens (T, E) ──► chunks ──► LM head, float32 ──► nll (T,)
+
+The model's own forward does the running (with `logits_to_keep=1`), so that PEFT, DDP and FSDP wrappers keep working,
+and the LM head is called as a module, so that LoRA, `modules_to_save` and tied embeddings count.
+
+Shapes: B rows, N tokens, E hidden size, V vocabulary, T scored tokens.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar, cast
+from weakref import WeakSet
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig, PreTrainedModel
+
+from longlora.errors import UserError
+
+IGNORED = -100
+"""Label of a token that is not scored (torch's and transformers' convention)."""
+
+Read = TypeVar("Read")
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside DDP, FSDP, DeepSpeed, `torch.compile` and PEFT wrappers (adapters stay in it)."""
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def mixed_precision(
+    modules: nn.Module, *dtypes: torch.dtype, device: torch.device | None = None
+) -> AbstractContextManager:
+    """Autocast to bfloat16 or float16 where parameters (and `dtypes` of inputs) mix it with float32; else nothing.
+
+    What trains is kept in float32 inside a bfloat16 model: outside the Trainer's autocast their products would fail.
+    """
+    parameters = [parameter for parameter in modules.parameters() if parameter.is_floating_point()]
+    device = device or parameters[0].device
+    found = {parameter.dtype for parameter in parameters} | set(dtypes)
+    half = [dtype for dtype in (torch.bfloat16, torch.float16) if dtype in found]
+    if not half or torch.float32 not in found or torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, dtype=half[0])
+
+
+def final_hidden_states(model: nn.Module, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """What enters the LM head, `(B, N, E)`, and the model's own logits of the last token, `(B, 1, V)`, of one pass.
+
+    Args:
+        model: a causal language model of transformers, possibly wrapped (PEFT, DDP, FSDP).
+        inputs: keyword arguments of its forward, such as `input_ids (B, N)`; no labels.
+
+    Raises:
+        UserError: the model's forward has no `logits_to_keep`, or does not run its decoder exactly once, or its logits
+            are not what `token_losses` would make of the hidden states.
+    """
+    hidden, outputs = _run(model, inputs, lambda hidden: hidden)
+    return hidden, outputs.logits
+
+
+def token_losses(model: nn.Module, hidden: Tensor, labels: Tensor, chunk: int = 1024) -> Tensor:
+    """Negative log-likelihood of each label in nats, `(B, N)`; 0 where the label is -100, which the LM head never sees.
+
+    At most `chunk` tokens' logits exist at one time, in the backward pass too: it computes them anew. The softmax is in
+    float32 (float64 for a float64 model), as in transformers' own loss.
+
+    Args:
+        model: the model `hidden` came from.
+        hidden: what enters the LM head, `(B, N, E)`.
+        labels: `(B, N)`; position i of `hidden` is scored against `labels[:, i]`, so the caller has shifted them.
+        chunk: tokens whose logits exist at one time.
+    """
+    base = unwrapped(model)
+
+    def score(hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = _logits(base, hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return functional.cross_entropy(logits, labels.to(logits.device), reduction="none")
+
+    labels = labels.to(hidden.device)
+    scored = labels != IGNORED
+    chunks = zip(hidden[scored].split(chunk), labels[scored].split(chunk), strict=True)
+    if torch.is_grad_enabled():
+        losses = torch.cat([checkpoint(score, *part, use_reentrant=False) for part in chunks])
+    else:
+        losses = torch.cat([score(*part) for part in chunks])
+    return losses.new_zeros(labels.shape).masked_scatter(scored.to(losses.device), losses)
+
+
+def run_token_losses(
+    model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, chunk: int = 1024
+) -> tuple[Tensor, Any]:
+    """`token_losses` of one forward pass, `(B, N)`, and the model's outputs (logits of the last token only).
+
+    The LM head runs where the model itself would call it: under the autocast that a Trainer wraps around the forward,
+    and while FSDP holds the weights gathered. `final_hidden_states` followed by `token_losses` runs it outside.
+
+    Args:
+        model: a causal language model of transformers, possibly wrapped (PEFT, DDP, FSDP).
+        inputs: keyword arguments of its forward, such as `input_ids (B, N)`; no labels.
+        labels: `(B, N)`, shifted, -100 where nothing is to be scored.
+        chunk: tokens whose logits exist at one time.
+
+    Raises:
+        UserError: as `final_hidden_states`.
+    """
+    return _run(model, inputs, lambda hidden: token_losses(model, hidden, labels, chunk))
+
+
+def causal_lm_loss(
+    model: nn.Module, inputs: Mapping[str, Any], chunk: int = 1024, num_items: Tensor | int | None = None
+) -> Tensor:
+    """Next-token loss, a scalar: the sum over scored tokens / `num_items`; equal to `model(**inputs).loss`.
+
+    Args:
+        model: a causal language model of transformers, possibly wrapped (PEFT, DDP, FSDP).
+        inputs: keyword arguments of its forward with `labels (B, N)`, not shifted. Packed rows (`position_ids` that
+            start again) have -100 at the first token of each document.
+        chunk: tokens whose logits exist at one time.
+        num_items: tokens to divide by, those of all rows that make up one optimiser step; default those scored here.
+
+    Raises:
+        UserError: as `final_hidden_states`.
+    """
+    inputs = dict(inputs)
+    labels = functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORED)
+    if num_items is None:
+        num_items = (labels != IGNORED).sum().clamp(min=1)
+    losses, outputs = run_token_losses(model, inputs, labels, chunk)
+    loss = losses.sum() / torch.as_tensor(num_items, device=losses.device)
+    if (router_loss := getattr(outputs, "aux_loss", None)) is not None:
+        coefficient = unwrapped(model).config.get_text_config().router_aux_loss_coef
+        loss = loss + coefficient * router_loss.to(loss.device)
+    return loss
+
+
+_proven: WeakSet[nn.Module] = WeakSet()
+"""Models whose logits we have compared with ours."""
+
+
+def _run(model: nn.Module, inputs: Mapping[str, Any], read: Callable[[Tensor], Read]) -> tuple[Read, Any]:
+    """`read(hidden)`, called inside the forward pass before the LM head, and the model's outputs.
+
+    The first pass of each model also proves that `_logits` makes of the last token what the model itself does.
+    """
+    base = unwrapped(model)
+    if "logits_to_keep" not in inspect.signature(type(base).forward).parameters:
+        raise UserError(
+            f"{type(base).__name__} cannot be scored without all of its logits: its forward has no 'logits_to_keep'; "
+            "use a decoder of transformers that has it (Llama, Mistral, Qwen, Gemma, Phi, GPT-NeoX, …)."
+        )
+    to_prove = base not in _proven and not _drops_out(base.get_output_embeddings())
+    results: list[Read] = []
+    ours: list[Tensor] = []
+
+    def before_the_head(_decoder: nn.Module, _args: Any, output: Any) -> None:
+        hidden = output[0]
+        results.append(read(hidden))
+        if to_prove:
+            with torch.no_grad():
+                ours.append(_logits(base, hidden[:, -1:]))
+
+    handle = base.get_decoder().register_forward_hook(before_the_head)
+    try:
+        outputs = model(**inputs, use_cache=False, logits_to_keep=1)
+    finally:
+        handle.remove()
+    if len(results) != 1:
+        raise UserError(
+            f"{type(base).__name__} ran its decoder {len(results)} times in one forward pass, where exactly one is "
+            "allowed; on several GPUs start one process for each, with `accelerate launch`."
+        )
+    if to_prove:
+        _check_logits(type(base).__name__, ours[0], outputs.logits)
+        _proven.add(base)
+    return results[0], outputs
+
+
+def _drops_out(head: nn.Module | None) -> bool:
+    """Whether two calls of the head differ by chance, as those of LoRA with dropout do in training."""
+    return head is not None and any(
+        isinstance(part, nn.Dropout) and part.training and part.p for part in head.modules()
+    )
+
+
+def _check_logits(name: str, ours: Tensor, own: Tensor) -> None:
+    """Refuse a model whose own logits `(B, 1, V)` differ from ours by more than rounding."""
+    eps = max(torch.finfo(ours.dtype).eps, torch.finfo(own.dtype).eps)
+    ours, own = ours.to(own.device).double(), own.detach().double()
+    largest = own.where(own.isfinite(), 0).abs().max().item()
+    if not torch.allclose(ours, own, rtol=0, atol=4 * eps * largest, equal_nan=True):
+        raise UserError(
+            f"{name} cannot be scored: its logits (up to {largest:.4g}) differ by up to "
+            f"{(ours - own).abs().max().item():.4g} from its LM head's with the post-processing that longlora knows "
+            "(final_logit_softcapping, logit_scale, logits_scaling); use a model of another architecture."
+        )
+
+
+def _logits(base: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits `(…, V)` of `hidden (…, E)`, with the model's own post-processing."""
+    head = cast(nn.Module, base.get_output_embeddings())
+    with mixed_precision(head, hidden.dtype, device=hidden.device):
+        return _post_process(base.config.get_text_config(), head(hidden))
+
+
+def _post_process(config: PretrainedConfig, logits: Tensor) -> Tensor:
+    """What a model's forward does to its logits, for transformers 5.23's decoders; `_run` proves it."""
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * scale
+    if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / scaling
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2 and later
+        logits = torch.tanh(logits / cap) * cap
+    return logits

@@ -1,0 +1,317 @@
+"""MODEL -> (model, tokenizer): one way to load whatever `longlora.model_source` finds.
+
+Weights come from safetensors or GGUF, never from a pickle. An adapter is loaded as stock PEFT loads it, on its base
+under the *extended* config.json that lies beside the adapter, but what PEFT only warns about is an error here.
+"""
+
+import copy
+import io
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as hf_logging
+
+from longlora.adapters import keep_trainable_in_float32, merge_adapters
+from longlora.errors import UserError, check_choice
+from longlora.model_source import ModelSource, base_of, first_line, locate, resolve
+from longlora.positions import present_context
+from longlora.settings import DTYPES
+
+__all__ = ["ModelSource", "load", "load_config", "load_tokenizer", "locate", "quiet", "resolve", "window"]
+
+SHAPE_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+"""Config fields in which an adapter's config.json must agree with its base."""
+
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    adapters: bool = True,
+    merge: bool = False,
+    trainable: bool = False,
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer that `model` names (see `longlora.model_source`), in eval mode.
+
+    Args:
+        model: MODEL.
+        dtype: of the weights; `auto` is the checkpoint's own (float32 for GGUF, whose blocks are unpacked).
+        device: torch device; `None` leaves the model on the CPU, `auto` takes this process's GPU where there is one.
+        trust_remote_code: run Python code that comes with the model.
+        revision: branch, tag or commit of a hub model.
+        adapters: apply the adapter of a run or adapter folder; without it comes the base model with the positions
+            extended but untrained.
+        merge: fold the adapter in, for a plain model (float32 arithmetic, rounded once to `dtype`).
+        trainable: leave what trained trainable, and in float32, to go on training; otherwise all is frozen.
+
+    Raises:
+        UserError: MODEL cannot be found or read, is no causal language model, its adapter does not fit its base, or
+            its tokenizer does not fit its embedding.
+    """
+    check_choice("dtype", dtype, DTYPES)
+    place = _device(device)
+    source = locate(model, revision)
+    config = _config(source, trust_remote_code)
+    tokenizer = _tokenizer(source, trust_remote_code)
+    _require_matching_vocabulary(source, config, tokenizer)
+    tokenizer.model_max_length = max(tokenizer.model_max_length, window(config) or 0)
+    network = _network(source, config, dtype, trust_remote_code, adapters=adapters, trainable=trainable)
+    if merge and isinstance(network, PeftModel):
+        network = _merged(network, source)
+    if not trainable:
+        network.requires_grad_(False)
+    cast(torch.nn.Module, network).to(place)
+    return network.eval(), tokenizer
+
+
+def window(config: PreTrainedConfig) -> int | None:
+    """The window in tokens that `config` declares, rotary or not (GPT-2's positions are learned); `None` if unknown."""
+    try:
+        return present_context(config)
+    except UserError:
+        return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def load_config(model: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
+    """The config of MODEL, for a run or adapter folder the extended one; reads no weights. Raises as `load`."""
+    return _config(locate(model, revision), trust_remote_code)
+
+
+def load_tokenizer(
+    model: str | Path, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of MODEL, for a run or adapter folder without one its base's. Raises as `load`."""
+    return _tokenizer(locate(model, revision), trust_remote_code)
+
+
+def _device(device: str | None) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device or "cpu")
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{device}' cannot be used ({first_line(error)}): give cpu, cuda or cuda:N.") from error
+    return place
+
+
+def _where(source: ModelSource) -> tuple[str, dict[str, Any]]:
+    """First argument and options of the Auto classes' `from_pretrained`."""
+    if source.kind == "gguf":
+        path = Path(source.location)
+        return str(path.parent), {"gguf_file": path.name}
+    if source.kind == "hub":
+        return source.location, {"revision": source.revision, "local_files_only": source.local_only}
+    return source.location, {}
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Turns what the libraries below raise for a bad file, which may be any exception, into one sentence."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{what} comes as Python code of its own: read that code, and if you trust it give --trust-remote-code."
+            ) from error
+        raise UserError(f"{what} cannot be read: {first_line(error)}.") from error
+
+
+@contextmanager
+def quiet(gguf: bool = False) -> Iterator[None]:
+    """Progress bars only on a terminal, for GGUF (where no setting rules them) never; no notes about old names."""
+    bars = hf_logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if bars:
+        hf_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()) if gguf else nullcontext():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _config(source: ModelSource, trust_remote_code: bool) -> PreTrainedConfig:
+    if source.is_adapter and not source.file("config.json").is_file():
+        return _config(base_of(source), trust_remote_code)
+    with _reading(f"the config of '{source.name}'"):
+        if source.kind == "gguf":
+            path = Path(source.location)
+            config = copy.deepcopy(_gguf_config(path, path.stat().st_mtime_ns))
+        else:
+            where, options = _where(source)
+            config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
+    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    stated = config.architectures or [str(expected)]
+    decoder = any(name == expected or name.endswith(("ForCausalLM", "LMHeadModel")) for name in stated)
+    if not remote and (expected is None or config.is_encoder_decoder or not decoder):
+        raise UserError(
+            f"MODEL '{source.name}' is a {', '.join(config.architectures or [config.model_type])}: "
+            "it must be a decoder with a language-model head (…ForCausalLM)."
+        )
+    return config
+
+
+@lru_cache(maxsize=1)
+def _gguf_config(path: Path, changed_ns: int) -> PreTrainedConfig:
+    """Remembered while the file stays as it is, because reading a GGUF's header takes seconds."""
+    with quiet(gguf=True):
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    vars(config).pop("_model_name_or_path", None)  # its title, which would be saved as if it were a path
+    return config
+
+
+def _tokenizer(source: ModelSource, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    if source.kind not in ("hub", "gguf"):
+        own = any(any(Path(source.location).glob(pattern)) for pattern in TOKENIZER_FILES)
+        if not own and source.base is not None:
+            return _tokenizer(base_of(source), trust_remote_code)
+        if not own:
+            raise UserError(
+                f"MODEL '{source.name}' has no tokenizer: put its tokenizer.json and tokenizer_config.json there."
+            )
+    where, options = _where(source)
+    with _reading(f"the tokenizer of '{source.name}'"), quiet(source.kind == "gguf"):
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
+
+
+def _require_matching_vocabulary(
+    source: ModelSource, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Added tokens that no text contains may lie outside (Gemma 3's image token does); nothing else may."""
+    rows = config.get_text_config().vocab_size
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    needed = 1 + max([tokenizer.vocab_size - 1, *(token for token in special if token is not None)])
+    if needed > rows:
+        raise UserError(
+            f"the tokenizer of '{source.name}' has {needed:,} tokens but its embedding {rows:,} rows: "
+            "give the tokenizer that the model was trained with."
+        )
+
+
+def _network(
+    source: ModelSource,
+    config: PreTrainedConfig,
+    dtype: str,
+    trust_remote_code: bool,
+    adapters: bool = True,
+    trainable: bool = False,
+) -> PreTrainedModel | PeftModel:
+    """The model of `source` under `config`; adapters below the topmost one are merged."""
+    if not source.is_adapter:
+        return _weights(source, config, dtype, trust_remote_code)
+    below = base_of(source)
+    base_config = _config(below, trust_remote_code)
+    for field in SHAPE_FIELDS:
+        given, needed = getattr(base_config, field, None), getattr(config, field, None)
+        if given != needed:
+            raise UserError(
+                f"adapter '{source.name}' does not fit its base '{below.name}': {field} is {given} there and "
+                f"{needed} in the adapter's config.json."
+            )
+    config.dtype = base_config.dtype
+    base = _network(below, config, dtype, trust_remote_code)
+    if isinstance(base, PeftModel):
+        base = _merged(base, below)
+    return _with_adapter(base, source, trainable) if adapters else base
+
+
+def _merged(model: PeftModel, source: ModelSource) -> PreTrainedModel:
+    """The plain model, which goes by the name of the adapter in it, so that an adapter trained on it finds it."""
+    plain = merge_adapters(model)
+    plain.name_or_path = plain.config.name_or_path = source.location
+    return plain
+
+
+def _weights(source: ModelSource, config: PreTrainedConfig, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+    where, options = _where(source)
+    if source.kind == "gguf":
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    with _reading(f"the weights of '{source.name}'"), quiet(source.kind == "gguf"):
+        model, info = cast(Any, AutoModelForCausalLM).from_pretrained(
+            where,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # to name the weight in our own words below
+            output_loading_info=True,
+            **options,
+        )
+    if info["mismatched_keys"]:
+        name, stored, wanted = sorted(info["mismatched_keys"], key=str)[0]
+        raise UserError(
+            f"the weights of '{source.name}' do not fit its config.json: {name} is {tuple(stored)} in the file and "
+            f"{tuple(wanted)} by the config."
+        )
+    if info["missing_keys"]:
+        raise UserError(
+            f"the weights of '{source.name}' are incomplete: {len(info['missing_keys'])} tensors of its config.json "
+            f"are missing, the first {sorted(info['missing_keys'])[0]}."
+        )
+    if source.kind == "gguf":
+        model.name_or_path = model.config.name_or_path = source.location
+    return model
+
+
+def _with_adapter(base: PreTrainedModel, source: ModelSource, trainable: bool) -> PeftModel:
+    """`base` with the adapter on, as `PeftModel.from_pretrained` does, where each tensor must find its place."""
+    with _reading(f"adapter '{source.name}'"):
+        config = PeftConfig.from_pretrained(source.location)
+    config.inference_mode = not trainable
+    config.base_model_name_or_path = base.name_or_path
+    misfit = f"adapter '{source.name}' does not fit its base '{source.base}'"
+    try:
+        with quiet():
+            model = get_peft_model(base, config)
+            if trainable:
+                keep_trainable_in_float32(model)
+            result = model.load_adapter(
+                source.location, "default", is_trainable=trainable, torch_device=str(base.device)
+            )
+    except (KeyError, RuntimeError, ValueError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        lines = str(error).splitlines()
+        detail = next((line.strip() for line in lines if "size mismatch" in line), first_line(error))
+        raise UserError(f"{misfit}: {detail.rstrip('.')}.") from error
+    if result.missing_keys or result.unexpected_keys:
+        lost = f"{len(result.unexpected_keys)} of its tensors have no place there and {len(result.missing_keys)} lack"
+        raise UserError(f"{misfit}: {lost}, such as {[*result.unexpected_keys, *result.missing_keys][0]}.")
+    return model

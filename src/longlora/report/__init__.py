@@ -1,0 +1,1 @@
+"""report.html: what a run did and how well it worked, on one page that needs nothing else."""

@@ -1,0 +1,227 @@
+"""Line charts, bars and shares as SVG, drawn to be read at the width they are given in pixels."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from longlora.report.axes import Axis
+from longlora.report.svg import TEXT_SIZE, Drawing, clipped, text_width
+
+WIDTHS = {"wide": 720, "narrow": 340}
+"""Each chart is drawn for a page and for a phone, so that its text is as large on both; pixels."""
+
+LINE_HEIGHT = 16
+"""Pixels from one label to the next below it."""
+
+
+@dataclass(frozen=True)
+class Point:
+    x: float
+    y: float
+    note: str = ""
+    """Shown when the pointer rests on the point."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line in one of the page's tones; it is broken where a run of points ends."""
+
+    tone: str
+    runs: Sequence[Sequence[Point]]
+    label: str = ""
+    """Written at the line's end."""
+    style: str = ""
+    """`strong`, `faint`, or as it comes."""
+    dots: bool = False
+    """Mark every point, not only lonely ones."""
+
+    @property
+    def last(self) -> Point | None:
+        return next((run[-1] for run in reversed(self.runs) if run), None)
+
+
+@dataclass(frozen=True)
+class Bar:
+    label: str
+    tone: str
+    value: float | None
+    """None where nothing was measured: only the text is written."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Bars that belong together, under a heading and a result at its right."""
+
+    heading: str
+    bars: Sequence[Bar]
+    result: str = ""
+
+
+@dataclass(frozen=True)
+class Share:
+    label: str
+    tone: str
+    value: float
+
+
+def at_both_widths(draw: Callable[[int], str]) -> dict[str, str]:
+    """The chart for each of `WIDTHS`, by its name."""
+    return {name: draw(width) for name, width in WIDTHS.items()}
+
+
+def line_chart(
+    lines: Sequence[Line],
+    x: Axis,
+    y: Axis,
+    *,
+    width: int,
+    height: int,
+    description: str,
+    marks: Sequence[tuple[float, str]] = (),
+) -> str:
+    """Lines over a grid, each with its label at its end, kept apart from one another.
+
+    Args:
+        marks: values of `x` that get a vertical line with a name.
+    """
+    drawing = Drawing(width, height, description)
+    labels = [(line, line.last) for line in lines if line.label and line.last]
+    widest = max((text_width(line.label) for line, _ in labels), default=0)
+    label_room = min(widest + 16, 0.42 * width) if labels else 8
+    left = 14 + max(text_width(label) for _, label in y.ticks)
+    top, right, bottom = 26 + LINE_HEIGHT * len(marks), width - label_room, height - 42
+
+    def across(value: float) -> float:
+        return left + x.place(value) * (right - left)
+
+    def down(value: float) -> float:
+        return bottom - y.place(value) * (bottom - top)
+
+    for value, label in y.ticks:
+        drawing.add("line", x1=left, x2=right, y1=down(value), y2=down(value), class_="grid")
+        drawing.text(left - 7, down(value) + 4, label, "end")
+    drawing.text(2, 12, y.title, class_="title")
+    drawing.add("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="axis")
+    for at, label in _apart([(across(value), label) for value, label in x.ticks]):
+        drawing.add("line", x1=at, x2=at, y1=bottom, y2=bottom + 5, class_="axis")
+        drawing.text(at, bottom + 18, label, "middle")
+    drawing.text((left + right) / 2, height - 4, x.title, "middle", "title")
+    for row, (value, name) in enumerate(marks):
+        at, baseline = across(value), 26 + LINE_HEIGHT * row
+        drawing.add("line", x1=at, x2=at, y1=baseline + 4, y2=bottom, class_="mark")
+        before = at + text_width(name) > width and at - text_width(name) > 0
+        drawing.text(at + (-4 if before else -2), baseline, name, "end" if before else "start", "mark-name")
+    for line in lines:
+        _draw(drawing, line, [[(across(p.x), down(p.y), p.note) for p in run] for run in line.runs])
+
+    ends = [(across(last.x), down(last.y)) for _, last in labels if last]
+    places = _spread([end[1] for end in ends], top - 6, bottom + 6)
+    for (line, _), (end_x, end_y), place in zip(labels, ends, places, strict=True):
+        if end_x < right - 12 or abs(place - end_y) > 6:
+            drawing.add("line", x1=end_x + 5, y1=end_y, x2=right + 10, y2=place, class_=f"leader {line.tone}")
+        words = clipped(line.label, width - right - 14)
+        drawing.text(right + 13, place + 4, words, class_=f"{line.tone} ink {line.style}".rstrip())
+    return str(drawing)
+
+
+def bar_chart(groups: Sequence[Bars], *, width: int, description: str) -> str:
+    """Horizontal bars from zero on one scale, each with its text behind it."""
+    named = max(text_width(bar.label) for group in groups for bar in group.bars) + 10
+    valued = max(text_width(bar.text) for group in groups for bar in group.bars) + 10
+    longest = max((bar.value or 0 for group in groups for bar in group.bars), default=0) or 1
+    room = width - named - valued
+    heights = [LINE_HEIGHT + 8 + 22 * len(group.bars) + 12 for group in groups]
+    drawing = Drawing(width, sum(heights), description)
+    top = 0
+    for group, height in zip(groups, heights, strict=True):
+        drawing.text(0, top + TEXT_SIZE, group.heading, class_="title")
+        drawing.text(width, top + TEXT_SIZE, group.result, "end", "strong")
+        for row, bar in enumerate(group.bars):
+            y = top + LINE_HEIGHT + 8 + 22 * row
+            drawing.text(named - 10, y + 12, bar.label, "end")
+            length = max(1.5, room * (bar.value or 0) / longest) if bar.value is not None else 0
+            if length:
+                drawing.add("rect", x=named, y=y, width=length, height=17, rx=2, class_=f"{bar.tone} fill")
+            drawing.text(named + length + 6, y + 13, bar.text)
+        top += height
+    return str(drawing)
+
+
+def share_chart(parts: Sequence[Share], rest: Share, *, width: int, description: str) -> str:
+    """A bar of `parts` and `rest` together, and below it, widened, the parts on their own."""
+    drawing = Drawing(width, 128, description)
+    size = sum(part.value for part in parts)
+    cut = max(3.0, width * size / (size + rest.value))
+    drawing.add("polygon", points=f"0,44 {cut:.1f},44 {width},80 0,80", class_="zoom")
+    drawing.add("rect", x=0, y=18, width=cut, height=26, class_="ink-fill")
+    drawing.add("rect", note=rest.label, x=cut, y=18, width=max(width - cut, 0), height=26, class_=f"{rest.tone} fill")
+    drawing.text(width, 12, rest.label, "end")
+    drawing.text(0, 12, "trained")
+    start = free = 0.0
+    for part in parts:
+        stop = start + width * part.value / size
+        drawing.add(
+            "rect",
+            note=part.label,
+            x=start,
+            y=80,
+            width=max(stop - start - 1, 0.5),
+            height=26,
+            class_=f"{part.tone} fill",
+        )
+        # A name that would run into the one before, or out of the picture, is left to the table.
+        if start >= free and start + text_width(part.label) <= width:
+            drawing.text(start, 122, part.label)
+            free = start + text_width(part.label) + 8
+        start = stop
+    return str(drawing)
+
+
+def _draw(drawing: Drawing, line: Line, runs: Iterable[Sequence[tuple[float, float, str]]]) -> None:
+    for run in runs:
+        if len(run) > 1:
+            path = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y, _ in run)
+            drawing.add("path", d=path, class_=f"{line.tone} line {line.style}".rstrip())
+        for x, y, note in run if line.dots or len(run) == 1 else ():
+            drawing.add(
+                "circle", note=note, cx=x, cy=y, r=4 if line.style == "strong" else 3, class_=f"{line.tone} dot"
+            )
+
+
+def _apart(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
+    """The ticks whose labels do not run into one another, the last one first of all."""
+    kept: list[tuple[float, str]] = []
+    for at, label in reversed(ticks):
+        if not kept or at + text_width(label) / 2 + 8 < kept[-1][0] - text_width(kept[-1][1]) / 2:
+            kept.append((at, label))
+    return kept[::-1]
+
+
+def _spread(places: Sequence[float], top: float, bottom: float) -> list[float]:
+    """`places` moved as little as needed to lie `LINE_HEIGHT` apart between `top` and `bottom`.
+
+    >>> _spread([50, 52, 10], 0, 100)
+    [43.0, 59.0, 10.0]
+    """
+    # Neighbours that are too close become one block around their mean, which may then meet the next block.
+    blocks: list[list[int]] = []
+    centres: list[float] = []
+
+    def centre(block: list[int]) -> float:
+        half = LINE_HEIGHT * (len(block) - 1) / 2
+        mean = sum(places[index] for index in block) / len(block)
+        return max(top + half, min(bottom - half, mean))
+
+    for index in sorted(range(len(places)), key=lambda index: places[index]):
+        blocks.append([index])
+        centres.append(centre(blocks[-1]))
+        while len(blocks) > 1 and centres[-1] - centres[-2] < LINE_HEIGHT * (len(blocks[-1]) + len(blocks[-2])) / 2:
+            merged = blocks.pop(-2) + blocks.pop()
+            del centres[-2:]
+            blocks.append(merged)
+            centres.append(centre(merged))
+    result = [0.0] * len(places)
+    for block, middle in zip(blocks, centres, strict=True):
+        for row, index in enumerate(block):
+            result[index] = middle + LINE_HEIGHT * (row - (len(block) - 1) / 2)
+    return result

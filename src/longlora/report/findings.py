@@ -1,0 +1,217 @@
+"""What the measurements say, in sentences made from the numbers and from nothing else."""
+
+import math
+from dataclasses import dataclass
+
+from longlora.report import wording
+from longlora.report.reading import Measured, PerplexityOf, Recorded
+
+SAME = 0.005
+"""Perplexities that differ by less than this share are called equal."""
+
+METHODS = {
+    "yarn": "YaRN",
+    "linear": "Position Interpolation",
+    "ntk": "NTK-aware scaling",
+    "dynamic": "dynamic NTK scaling",
+    "llama3": "Llama 3's scaling",
+    "longrope": "LongRoPE",
+    "none": "a larger limit and no other change",
+}
+
+PATTERNS = {
+    "shift": "S²-Attn: attention inside groups of {group} tokens, shifted by half a group in half of the heads",
+    "shift-layers": "attention inside groups of {group} tokens, shifted by half a group in every other layer",
+    "plain": "attention inside groups of {group} tokens, never shifted (short attention)",
+    "shifted": "attention inside groups of {group} tokens, shifted by half a group in every head",
+    "cyclic": "S²-Attn as Algorithm 1 has it: groups of {group} tokens, rolled by half a group in half of the heads",
+    "dilated": "dilated attention: groups of {group} tokens that lie 1 to 4 tokens apart, by head",
+    "strided": "attention inside groups of {group} tokens, in half of the heads of tokens a stride apart",
+    "full": "full attention",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The page's first sentence and what follows from it; `good` is None where nothing follows."""
+
+    headline: str
+    conclusions: list[str]
+    good: bool | None = None
+
+
+def finding(run: Recorded) -> Finding:
+    """The perplexity of the trained model at its longest measured context, beside the models it has to beat."""
+    trained, base = run.measured("trained"), run.measured("base")
+    if trained is None:
+        return _not_measured(run)
+    far = trained.results[-1]
+    where = f"{wording.whole(far.context)} tokens"
+    if not math.isfinite(far.perplexity):
+        return Finding(
+            f"After training, perplexity on held-out text at {where} is {_value(far)}: this run did not work.",
+            _loss_advice(run),
+            good=False,
+        )
+    home = _home(run, base)
+    said = f"Perplexity on held-out text at {where} is {_value(far)} after training"
+    beyond = base.at(far.context) if base else None
+    if home and home.context < far.context:
+        own = "its own " if home.context == run.whole("positions", "original_context") else ""
+        said += f"; the base model has {_value(home)} at {own}{wording.whole(home.context)}"
+        said += f" and {_value(beyond)} at {wording.whole(far.context)}" if beyond else ""
+    elif beyond:
+        said += f"; the base model has {_value(beyond)} there"
+    conclusions, good = _judge(far, home if home and home.context < far.context else None, beyond)
+    untrained, worse = _untrained(run, far)
+    conclusions += untrained
+    good = None if good and worse else good
+    conclusions += _at_home(trained, home, far)
+    if run.context and far.context < run.context:
+        conclusions.append(
+            f"The model was trained for {wording.whole(run.context)} tokens; nothing was measured beyond {where}."
+        )
+    return Finding(said + ".", conclusions, good)
+
+
+def what_was_done(run: Recorded) -> list[str]:
+    """Positions, attention while training, and what trained: a sentence each, as far as the run says."""
+    return [sentence for sentence in (_positions(run), _attention(run), _trainable(run)) if sentence]
+
+
+def _value(result: Measured) -> str:
+    return wording.perplexity(result.perplexity)
+
+
+def _home(run: Recorded, base: PerplexityOf | None) -> Measured | None:
+    """The base model at its original window, or at the longest context measured inside it."""
+    original = run.whole("positions", "original_context")
+    inside = [result for result in base.results if original and result.context <= original] if base else []
+    return inside[-1] if inside and math.isfinite(inside[-1].perplexity) else None
+
+
+def _judge(far: Measured, home: Measured | None, beyond: Measured | None) -> tuple[list[str], bool | None]:
+    """Against the base model: at the same length it must win, against its own window it is worth saying by how much."""
+    if beyond is not None and not _below(far, beyond):
+        said = f"at {wording.whole(far.context)} tokens it is no better than the base model, which was not trained for that"
+        return [f"This run did not help: {said}."], False
+    if home is None:
+        return [], True if beyond else None
+    share = far.perplexity / home.perplexity - 1
+    if share < -SAME:
+        return [
+            f"The longer window helps: perplexity is {wording.change(share)} lower than the base model's at "
+            f"{wording.whole(home.context)}."
+        ], True
+    if share <= SAME:
+        return [
+            "The model reads the longer window without loss but does not gain from it: perplexity is the base "
+            f"model's at {wording.whole(home.context)}."
+        ], None
+    return [
+        f"The model does not gain from the longer window: perplexity is {wording.change(share)} higher than the base "
+        f"model's at {wording.whole(home.context)}."
+    ], False
+
+
+def _below(one: Measured, other: Measured) -> bool:
+    """Infinite and undefined perplexities are above every number."""
+    return not math.isfinite(other.perplexity) or one.perplexity < other.perplexity * (1 - SAME)
+
+
+def _untrained(run: Recorded, far: Measured) -> tuple[list[str], bool]:
+    """Training against the best of the models whose positions were stretched alone; and whether it was not better."""
+    others = [
+        (result, each.label)
+        for each in run.perplexities
+        if each.name.startswith("untrained") and (result := each.at(far.context)) and math.isfinite(result.perplexity)
+    ]
+    if not others:
+        return [], False
+    best, label = min(others, key=lambda other: other[0].perplexity)
+    share = far.perplexity / best.perplexity - 1
+    verdict = "made no difference" if abs(share) <= SAME else "made it worse" if share > 0 else ""
+    verdict = verdict or f"brings it down by {wording.change(share)}"
+    said = f"Stretching the positions without training gives {_value(best)} there ({label}); training {verdict}."
+    return [said], share > -SAME
+
+
+def _at_home(trained: PerplexityOf, home: Measured | None, far: Measured) -> list[str]:
+    now = trained.at(home.context) if home else None
+    if home is None or now is None or home.context == far.context or not math.isfinite(now.perplexity):
+        return []
+    share = now.perplexity / home.perplexity - 1
+    how = "stayed the same" if abs(share) <= SAME else f"{'rose' if share > 0 else 'fell'} by {wording.change(share)}"
+    return [
+        f"At the old window of {wording.whole(home.context)} tokens perplexity {how}, "
+        f"from {_value(home)} to {_value(now)}."
+    ]
+
+
+def _not_measured(run: Recorded) -> Finding:
+    name = run.settings.get("model") or run.word("model") or "the model"
+    original, context = run.whole("positions", "original_context"), run.context
+    measured = [each for each in run.perplexities if each.results]
+    if measured:
+        each = measured[0]
+        first = each.results[-1]
+        return Finding(
+            f"The trained model has not been measured; {each.label} has perplexity {_value(first)} "
+            f"at {wording.whole(first.context)} tokens.",
+            [],
+        )
+    if context is None:
+        return Finding(f"A run on {name}, in which no perplexity has been measured.", [])
+    came = f" from {wording.whole(original)}" if original else ""
+    done = "extended" if run.summary else "to be extended"
+    return Finding(f"{name}, {done}{came} to {wording.whole(context)} tokens; no perplexity has been measured.", [])
+
+
+def _loss_advice(run: Recorded) -> list[str]:
+    rate = run.settings.get("lr")
+    return [
+        f"Try a lower learning rate than {wording.plain(rate)}."
+        if isinstance(rate, float) and rate
+        else "Try a lower learning rate."
+    ]
+
+
+def _positions(run: Recorded) -> str:
+    original, context = run.whole("positions", "original_context"), run.whole("positions", "context")
+    factor, method = run.number("positions", "factor"), run.word("positions", "method")
+    if not (original and context and factor and method):
+        return ""
+    name = run.settings.get("model") or run.word("model") or "the model"
+    if factor == 1 or run.summary["positions"].get("changed") is False:
+        return f"The positions of {name} were left as they are, for {wording.whole(context)} tokens."
+    return (
+        f"The rotary positions of {name} were stretched {wording.plain(factor)} times, from {wording.whole(original)} "
+        f"to {wording.whole(context)} tokens, with {METHODS.get(method, method)}."
+    )
+
+
+def _attention(run: Recorded) -> str:
+    pattern, group = run.word("attention", "pattern"), run.whole("attention", "group_size")
+    if not pattern:
+        return ""
+    steps, tokens = run.whole("training", "steps"), run.whole("training", "tokens")
+    how = PATTERNS.get(pattern, f"the attention pattern {pattern}, in groups of {{group}} tokens")
+    how = how.format(group=wording.whole(group)) if group else pattern
+    length = f" for {wording.whole(steps)} steps ({wording.whole(tokens)} tokens)" if steps and tokens else ""
+    return f"It trained{length} with {how}; in use it attends to everything before a token, as any other model."
+
+
+def _trainable(run: Recorded) -> str:
+    trainable, total = run.whole("trainable", "trainable"), run.whole("trainable", "parameters")
+    if not (trainable and total):
+        return ""
+    parts = run.settings.get("train")
+    parts = [str(part) for part in parts] if isinstance(parts, list) else []
+    named = {"norm": "the norms", "embed": "the embeddings", "full": "every weight"}
+    said = [named[part] for part in parts if part in named]
+    if "lora" in parts:
+        said.insert(0, f"LoRA matrices of rank {run.settings.get('rank', '?')} on the attention")
+    what = f"What trained: {wording.listed(said)}, " if said else "What trained: "
+    return (
+        f"{what}{wording.whole(trainable)} of {wording.whole(total)} parameters ({wording.percent(trainable / total)})."
+    )

@@ -1,0 +1,76 @@
+"""report.html: what a run directory holds, drawn on one self-contained page."""
+
+import os
+from pathlib import Path
+
+import jinja2
+
+from longlora.errors import UserError
+from longlora.report import wording
+from longlora.report.findings import finding, what_was_done
+from longlora.report.reading import read_run
+from longlora.report.sections import SECTIONS
+from longlora.run_directory import RunDirectory
+
+
+def write_report(run: str | Path) -> Path:
+    """Write `report.html` into the run directory `run`, in one step, and return its path.
+
+    The page needs no network and no script. What the run has not recorded is left out, with a sentence saying so.
+
+    Raises:
+        UserError: `run` is no run directory, or the page cannot be written there.
+    """
+    target = RunDirectory(run).report
+    text = render(run)
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8", errors="replace")
+        beside.replace(target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}): make room there, or allow writing.") from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return target
+
+
+def render(run: str | Path) -> str:
+    """The page's HTML.
+
+    Raises:
+        UserError: `run` is no run directory.
+    """
+    recorded = read_run(run)
+    contents = {name: section(recorded) for name, section in SECTIONS.items()}
+    return (
+        _templates()
+        .get_template("report.html.j2")
+        .render(
+            finding=finding(recorded),
+            done=what_was_done(recorded),
+            sections={name: content for name, content in contents.items() if not isinstance(content, str)},
+            left_out=[content for content in contents.values() if isinstance(content, str)],
+            unreadable=recorded.unreadable,
+            model=str(recorded.settings.get("model") or "a model"),
+            context=recorded.context,
+        )
+    )
+
+
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "perplexity": wording.perplexity,
+        "plain": wording.plain,
+        "whole": wording.whole,
+        "percent": wording.percent,
+        "duration": wording.duration,
+        "memory": wording.memory,
+    }
+    return environment

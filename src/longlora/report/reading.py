@@ -1,0 +1,203 @@
+"""What a run directory holds, read with care: any piece may be missing, of an older shape, or no number."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longlora.run_directory import RunDirectory
+
+
+Content = dict[str, Any] | str
+"""What a section's template draws, or the sentence that says why the section is left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Perplexity at one context; `tokens` were scored in `documents` documents."""
+
+    context: int
+    perplexity: float
+    tokens: int | None = None
+    documents: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityOf:
+    """One `evaluation/perplexity-NAME.json`: a model at several contexts, shortest first."""
+
+    name: str
+    label: str
+    data: str
+    stride: int | None
+    score: str
+    results: tuple[Measured, ...]
+
+    def at(self, context: int | None) -> Measured | None:
+        return next((result for result in self.results if result.context == context), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """Everything the page is made from."""
+
+    path: Path
+    settings: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    perplexities: list[PerplexityOf]
+    summary: dict[str, Any]
+    costs: dict[str, Any]
+    config: dict[str, Any]
+    """config.json of the result, with the extended positions."""
+    adapter: dict[str, Any]
+    """adapter_config.json of the result; empty after full training."""
+    unreadable: list[str] = field(default_factory=list)
+    """Files that are there but are no JSON objects."""
+
+    def number(self, *keys: str) -> float | None:
+        """The finite number in the summary under `keys`, or None."""
+        return number(at(self.summary, *keys))
+
+    def word(self, *keys: str) -> str | None:
+        """The non-empty string in the summary under `keys`, or None."""
+        found = at(self.summary, *keys)
+        return found if isinstance(found, str) and found else None
+
+    def whole(self, *keys: str) -> int | None:
+        """The whole number in the summary under `keys`, or None."""
+        return whole(at(self.summary, *keys))
+
+    @property
+    def context(self) -> int | None:
+        """The context trained for, in tokens."""
+        return self.whole("positions", "context") or whole(self.settings.get("context"))
+
+    def measured(self, name: str) -> PerplexityOf | None:
+        """The perplexity file of that name, if it holds any result."""
+        return next((each for each in self.perplexities if each.name == name and each.results), None)
+
+
+def read_run(folder: str | Path) -> Recorded:
+    """Everything that is there.
+
+    Raises:
+        UserError: `folder` is no run directory.
+    """
+    run = RunDirectory(folder)
+    settings = run.read_settings()
+    unreadable: list[str] = []
+
+    def evaluation(name: str) -> dict[str, Any]:
+        return _object(lambda: run.read_evaluation(name), f"evaluation/{name}.json", unreadable)
+
+    def beside_weights(name: str) -> dict[str, Any]:
+        for path in (run.adapter / name, run.model / name):
+            if path.is_file():
+                return _object(lambda: _json(path), str(path.relative_to(run.path)), unreadable)
+        return {}
+
+    try:
+        metrics = [record for record in run.read_metrics() if isinstance(record, dict)]
+    except (OSError, ValueError):
+        metrics = []
+        unreadable.append(run.metrics_file.name)
+    found = [
+        (document, _perplexity(name.removeprefix("perplexity-"), document))
+        for name in sorted(path.stem for path in run.evaluation.glob("perplexity-*.json"))
+        if (document := evaluation(name))
+    ]
+    return Recorded(
+        path=run.path,
+        settings=settings,
+        metrics=metrics,
+        perplexities=[perplexity for _, perplexity in sorted(found, key=_order)],
+        summary=evaluation("summary"),
+        costs=evaluation("costs"),
+        config=beside_weights("config.json"),
+        adapter=beside_weights("adapter_config.json"),
+        unreadable=unreadable,
+    )
+
+
+def at(document: Any, *keys: str) -> Any:
+    """The value under nested keys, or None where one is missing."""
+    for key in keys:
+        document = document.get(key) if isinstance(document, dict) else None
+    return document
+
+
+def number(value: Any) -> float | None:
+    """`value` as a finite float, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def whole(value: Any) -> int | None:
+    """`value` as a whole number of at least 1, or None."""
+    found = number(value)
+    return int(found) if found is not None and found >= 1 else None
+
+
+def rows(value: Any) -> Iterator[dict[str, Any]]:
+    """The tables in a list, whatever else may be in it."""
+    yield from (row for row in (value if isinstance(value, list) else []) if isinstance(row, dict))
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _object(read: Any, name: str, unreadable: list[str]) -> dict[str, Any]:
+    """What `read` gives if it is a table; a file that is there and holds none is noted."""
+    try:
+        document = read()
+    except (OSError, ValueError, RecursionError):
+        document = ()
+    if isinstance(document, dict):
+        return document
+    if document is not None:
+        unreadable.append(name)
+    return {}
+
+
+def _perplexity(name: str, document: dict[str, Any]) -> PerplexityOf:
+    results = {}
+    for row in rows(document.get("results")):
+        context = whole(row.get("context"))
+        if context:
+            results[context] = Measured(
+                context=context,
+                perplexity=_perhaps_infinite(row.get("perplexity")),
+                tokens=whole(row.get("tokens")),
+                documents=whole(row.get("documents")),
+            )
+    return PerplexityOf(
+        name=name,
+        label=str(document.get("label") or document.get("model") or name),
+        data=str(document.get("data") or ""),
+        stride=whole(document.get("stride")),
+        score=str(document.get("score") or ""),
+        results=tuple(results[context] for context in sorted(results)),
+    )
+
+
+def _perhaps_infinite(value: Any) -> float:
+    """A perplexity, which may be infinite; NaN for what is no number."""
+    if isinstance(value, float) and math.isinf(value):
+        return value
+    found = number(value)
+    return math.nan if found is None else found
+
+
+def _order(found: tuple[dict[str, Any], PerplexityOf]) -> tuple[float, str]:
+    """The place a file asks for; else the base model first and the trained one last."""
+    document, perplexity = found
+    asked = number(document.get("order"))
+    usual = {"base": 0.0, "trained": 2.0}.get(perplexity.name, 1.0)
+    return (usual if asked is None else asked, perplexity.name)

@@ -1,0 +1,94 @@
+"""The page's sections: from what the run recorded to what a template of the same name draws, or why it cannot.
+
+To add one, write its function and `templates/NAME.html.j2`, and list it in `SECTIONS` where it should stand.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from longlora.errors import UserError
+from longlora.report import attention_picture, recipe
+from longlora.report.perplexity_section import perplexity
+from longlora.report.reading import Content, Recorded, whole
+from longlora.report.training_section import cost, trainable, training
+
+
+def attention(run: Recorded) -> Content:
+    """What the heads see under the pattern, sixteen tokens small."""
+    pattern, group, context = run.word("attention", "pattern"), run.whole("attention", "group_size"), run.context
+    pattern = pattern or (run.settings["pattern"] if isinstance(run.settings.get("pattern"), str) else None)
+    if pattern is None or context is None:
+        return "Attention: the run does not say which pattern it trained with."
+    group = group or whole(run.settings.get("group_size")) or max(2, context // 4)
+    small = attention_picture.group_in_picture(group, context)
+    try:
+        panels = attention_picture.panels(pattern, small, run.config)
+    except UserError as error:
+        return f"Attention: the pattern cannot be drawn ({error})"
+    exact = small * context == attention_picture.TOKENS * group
+    return {
+        "pattern": pattern,
+        "panels": panels,
+        "group": group,
+        "context": context,
+        "small": small,
+        "exact": exact,
+        "tokens": attention_picture.TOKENS,
+        "leaks": any(panel.leaks for panel in panels),
+        "grouped": pattern != "full",
+        "mixed": len(panels) > 1,
+    }
+
+
+def do_it(run: Recorded) -> Content:
+    """The command for another model."""
+    if run.context is None:
+        return "The command to do the same: the run does not say which context it was for."
+    return {"command": recipe.command(run.settings, run.context)}
+
+
+def use_it(run: Recorded) -> Content:
+    """The result in stock transformers and PEFT, and merged."""
+    if not run.adapter and not run.config and not run.summary:
+        return "How to use the result: this run has no adapter/ or model/ yet."
+    return {"merge": recipe.merge_command(run), "snippet": recipe.python_snippet(run), "adapter": bool(run.adapter)}
+
+
+def settings(run: Recorded) -> Content:
+    """Every setting, beside its default where it has another value; versions; commit."""
+    usual, differing = dict(recipe.defaults()), recipe.differing(run.settings)
+    versions = run.settings.get("versions")
+    return {
+        "rows": [
+            (name, _said(value), _said(usual[name]) if name in differing else "")
+            for name, value in run.settings.items()
+            if name not in ("versions", "commit")
+        ],
+        "versions": versions if isinstance(versions, dict) else {},
+        "commit": run.settings.get("commit"),
+        "folder": str(run.path),
+    }
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(str(part) for part in value) or "none"
+    if isinstance(value, dict):
+        return json.dumps(value, default=str)
+    return "–" if value is None else str(value)
+
+
+SECTIONS: dict[str, Callable[[Recorded], Content]] = {
+    "perplexity": perplexity,
+    "attention": attention,
+    "training": training,
+    "trainable": trainable,
+    "cost": cost,
+    "do_it": do_it,
+    "use_it": use_it,
+    "settings": settings,
+}
+"""Name of each section's template -> what fills it, in the order of the page."""

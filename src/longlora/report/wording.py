@@ -1,0 +1,109 @@
+"""Numbers in words, as the page prints them."""
+
+import math
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def perplexity(value: float) -> str:
+    """Two decimals below 100, and never more than a few digits.
+
+    >>> [perplexity(value) for value in (23.104, 310.27, 4815.3, 1.234e9, math.inf, math.nan)]
+    ['23.10', '310.3', '4,815', '1.2 × 10⁹', '∞', 'not a number']
+    """
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if abs(value) >= 999_999.5:
+        return scientific(value)
+    for limit, decimals in ((99.995, 2), (999.95, 1)):
+        if abs(value) < limit:
+            return f"{value:.{decimals}f}"
+    return f"{value:,.0f}"
+
+
+def scientific(value: float) -> str:
+    """
+    >>> scientific(0.00002), scientific(1.234e9)
+    ('2 × 10⁻⁵', '1.2 × 10⁹')
+    """
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits.removesuffix('.0')} × 10{str(int(exponent)).translate(_RAISED)}"
+
+
+def plain(value: float) -> str:
+    """A number as short as it can be said to four digits, for axes and learning rates.
+
+    >>> [plain(value) for value in (0, 2.5, 512, 20000, 0.0002, 3e7)]
+    ['0', '2.5', '512', '20,000', '2 × 10⁻⁴', '3 × 10⁷']
+    """
+    if value and not 1e-3 <= abs(value) < 1e6:
+        return scientific(value)
+    return f"{value:,.4f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def whole(value: float) -> str:
+    """
+    >>> whole(1234567)
+    '1,234,567'
+    """
+    return f"{value:,.0f}"
+
+
+def percent(share: float) -> str:
+    """A share from 0 to 1, to two digits where it is small.
+
+    >>> [percent(share) for share in (1, 0.189, 0.0612, 0.00042, 0)]
+    ['100%', '18.9%', '6.12%', '0.042%', '0%']
+    """
+    value = 100 * share
+    if value >= 10 or value == 0:
+        return f"{value:.1f}".removesuffix(".0") + "%"
+    if value >= 0.01:
+        return f"{float(f'{value:.3g}' if value >= 1 else f'{value:.2g}')}%"
+    return "under 0.01%"
+
+
+def change(share: float) -> str:
+    """A relative difference without its sign: `0.0512` is '5.1%'; a large one as a multiple of what was before.
+
+    >>> change(-0.0512), change(0.0004), change(3.2)
+    ('5.1%', '0.04%', '320%')
+    """
+    value = abs(100 * share)
+    return f"{value:.1f}%" if 0.1 <= value < 10 else f"{value:,.0f}%" if value >= 10 else f"{value:.2f}%"
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> [duration(seconds) for seconds in (0.0123, 0.45, 9.5, 75, 4000)]
+    ['12.3 ms', '450 ms', '9.5 s', '1 min 15 s', '1 h 7 min']
+    """
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def memory(count: float) -> str:
+    """Bytes in the largest fitting binary unit.
+
+    >>> [memory(count) for count in (512, 300 * 2**20, 1.5 * 2**30)]
+    ['512 B', '300 MiB', '1.5 GiB']
+    """
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            value = count / size
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def listed(parts: list[str]) -> str:
+    """
+    >>> listed(["LoRA", "norms", "embeddings"])
+    'LoRA, norms and embeddings'
+    """
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)

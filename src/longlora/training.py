@@ -1,0 +1,219 @@
+"""Training on packed rows with transformers' Trainer: our loss, our parameter groups, our metrics; nothing else changed."""
+
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from longlora.adapters import parameter_groups
+from longlora.corpus.packing import PackedRows
+from longlora.errors import UserError
+from longlora.evaluation.perplexity import perplexity
+from longlora.losses import causal_lm_loss
+from longlora.progress import Progress
+from longlora.run_directory import RunDirectory
+from longlora.settings import PerplexitySettings, TrainingSettings
+
+logger = logging.getLogger(__name__)
+
+
+class ContextTrainer(Trainer):
+    """transformers' Trainer with a chunked loss and held-out perplexity weighted by token."""
+
+    def __init__(self, *, training: TrainingSettings, in_order: bool, held_out: Sequence[np.ndarray], **arguments: Any):
+        super().__init__(**arguments)
+        self.training, self.in_order, self.held_out = training, in_order, held_out
+        self.context = len(arguments["train_dataset"][0]["input_ids"])
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with a learning rate of their own for norms and embeddings."""
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(
+                parameter_groups(model or self.model, self.training), betas=(self.training.beta1, self.training.beta2)
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Next-token loss over the optimiser step's tokens; the (context x vocabulary) logits never exist whole."""
+        loss = causal_lm_loss(model, inputs, self.training.loss_chunk, num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # data parallelism averages what this has summed
+        return (loss, {}) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.in_order:
+            return torch.utils.data.SequentialSampler(dataset)
+        return super()._get_train_sampler(train_dataset)
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        """Perplexity of the held-out documents at the training context, with full attention."""
+        settings = PerplexitySettings(contexts=(self.context,), stride=self.context)
+        result = perplexity(self.model, self.held_out, settings, progress=False)[0]
+        metrics = {f"{metric_key_prefix}_loss": result.nll, f"{metric_key_prefix}_perplexity": result.perplexity}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class MetricsCallback(TrainerCallback):
+    """Writes `metrics.jsonl` (loss, rates, tokens a second, memory in bytes) and shows progress."""
+
+    def __init__(self, run: RunDirectory, tokens_per_step: int):
+        self.run, self.tokens_per_step = run, tokens_per_step
+        self.began = self.step_began = 0.0
+        self.first_step = 0
+        self.loss = math.nan
+
+    def on_train_begin(self, args, state, control, **_):  # type: ignore[no-untyped-def]
+        self.began = time.monotonic()
+        self.first_step = state.global_step
+        self.progress = Progress("training", "steps", state.max_steps).__enter__()
+        if state.is_world_process_zero:
+            self.run.forget_metrics_after(state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **_):  # type: ignore[no-untyped-def]
+        logs = dict(logs or {})
+        self.loss = logs.get("loss", self.loss)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise UserError(
+                f"the training loss is {logs['loss']} at step {state.global_step}: lower --lr, or train with "
+                "--dtype float32."
+            )
+        if not state.is_world_process_zero or "train_runtime" in logs:
+            return
+        seconds = time.monotonic() - self.began
+        steps = state.global_step - self.first_step
+        record = {
+            "step": state.global_step,
+            **{name: value for name, value in logs.items() if name != "epoch"},
+            "tokens": state.global_step * self.tokens_per_step,
+            "tokens_per_second": steps * self.tokens_per_step / seconds if seconds else 0.0,
+            "memory_bytes": peak_memory(),
+            "seconds": seconds,
+        }
+        self.run.record_metrics(record)
+
+    def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
+        self.progress.show(state.global_step, f"step {state.global_step} of {state.max_steps}, loss {self.loss:.3f}")
+
+    def on_train_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
+        self.progress.__exit__(None, None, None)
+
+
+def peak_memory() -> int:
+    """Bytes: the most that was allocated on the CUDA device, or the process's peak resident size without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def train(
+    model: nn.Module,
+    rows: PackedRows,
+    training: TrainingSettings,
+    run: RunDirectory,
+    *,
+    held_out: Sequence[np.ndarray] = (),
+    in_order: bool = False,
+) -> dict[str, Any]:
+    """Train `model` in place on `rows`, checkpointing into `run`.
+
+    Args:
+        model: with the parameters that train marked so, already set up with its attention pattern.
+        rows: packed rows of `context` tokens.
+        training: optimisation.
+        run: where checkpoints and metrics go; with `training.resume` the last whole checkpoint is gone on from.
+        held_out: documents (token ids) whose perplexity is measured every `training.evaluate_every` steps.
+        in_order: take the rows as they stand instead of shuffling them.
+
+    Returns:
+        Steps, final loss, tokens, seconds, tokens a second and peak memory.
+
+    Raises:
+        UserError: a batch that does not divide over the devices, or a loss that is no number.
+    """
+    arguments = _trainer_arguments(training, run.path, bool(held_out))
+    share = training.device_batch * arguments.world_size
+    if training.batch % share:
+        raise UserError(
+            f"--batch is {training.batch}: it must be a multiple of --device-batch x processes, "
+            f"{training.device_batch} x {arguments.world_size}."
+        )
+    arguments.gradient_accumulation_steps = training.batch // share
+    context = len(rows[0]["input_ids"])
+    trainer = ContextTrainer(
+        training=training,
+        in_order=in_order,
+        held_out=held_out,
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=rows if held_out else None,
+        callbacks=[MetricsCallback(run, training.batch * context)],
+    )
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)
+    checkpoint = run.last_checkpoint() if training.resume else None
+    if checkpoint:
+        logger.info("going on from %s", checkpoint)
+    began = time.monotonic()
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.monotonic() - began
+    metrics = run.read_metrics()
+    return {
+        "steps": result.global_step,
+        "loss": next((record["loss"] for record in reversed(metrics) if "loss" in record), None),
+        "tokens": result.global_step * training.batch * context,
+        "seconds": seconds,
+        "tokens_per_second": metrics[-1]["tokens_per_second"] if metrics else None,
+        "memory_bytes": peak_memory(),
+    }
+
+
+def _trainer_arguments(training: TrainingSettings, folder: Path, evaluates: bool) -> TrainingArguments:
+    every = training.evaluate_every if evaluates else None
+    return TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=not torch.accelerator.is_available(),
+        max_steps=training.steps,
+        per_device_train_batch_size=training.device_batch,
+        learning_rate=training.lr,
+        lr_scheduler_type="constant_with_warmup" if training.schedule == "constant" else training.schedule,
+        warmup_steps=training.warmup_steps,
+        max_grad_norm=training.max_grad_norm,
+        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=training.dtype == "bfloat16",
+        fp16=training.dtype == "float16",
+        seed=training.seed,
+        data_seed=training.seed,
+        logging_steps=1 if training.steps <= 200 else 10,
+        logging_nan_inf_filter=False,
+        save_steps=training.save_every,
+        save_total_limit=2,
+        eval_strategy="steps" if every else "no",
+        eval_steps=every,
+        report_to=list(training.report_to),
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        log_level="warning",
+    )

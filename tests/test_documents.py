@@ -1,0 +1,344 @@
+"""Documents out of files, folders, the standard library and hub data sets; and a sentence for whatever is wrong."""
+
+import gzip
+import io
+import json
+import logging
+import os
+import tempfile
+import tracemalloc
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longlora.corpus import documents, formats, standard_library
+from longlora.corpus.documents import Document, Tally, read_documents, source_files
+from longlora.errors import UserError
+
+
+def write_jsonl(path: Path, records: list[object]) -> Path:
+    content = b"".join(json.dumps(record).encode() + b"\n" for record in records)
+    if path.suffix == ".gz":
+        content = gzip.compress(content)
+    elif path.suffix == ".zst":
+        import pyarrow
+
+        # Two frames, cut in the middle of a line, as parallel compressors write them.
+        parts = content[: len(content) // 2], content[len(content) // 2 :]
+        frames = []
+        for part in parts:
+            frame = pyarrow.BufferOutputStream()
+            with pyarrow.CompressedOutputStream(frame, "zstd") as stream:
+                stream.write(part)
+            frames.append(frame.getvalue().to_pybytes())
+        content = b"".join(frames)
+    path.write_bytes(content)
+    return path
+
+
+def write_parquet(path: Path, columns: dict[str, list[object]]) -> Path:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def write_pdf(path: Path, pages: list[str], password: str | None = None) -> Path:
+    """A PDF with one line of text a page, written by hand so that the reader is not checked by its own writer."""
+    objects = ["<< /Type /Catalog /Pages 2 0 R >>"]
+    kids = " ".join(f"{4 + 2 * number} 0 R" for number in range(len(pages)))
+    objects.append(f"<< /Type /Pages /Kids [{kids}] /Count {len(pages)} >>")
+    objects.append("<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>")
+    for number, text in enumerate(pages):
+        drawing = f"BT /F1 12 Tf 20 100 Td ({text}) Tj ET"
+        objects.append(
+            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 300 200] /Contents {5 + 2 * number} 0 R "
+            "/Resources << /Font << /F1 3 0 R >> >> >>"
+        )
+        objects.append(f"<< /Length {len(drawing)} >>\nstream\n{drawing}\nendstream")
+    content, places = "%PDF-1.4\n", []
+    for number, body in enumerate(objects, start=1):
+        places.append(len(content))
+        content += f"{number} 0 obj\n{body}\nendobj\n"
+    table = "".join(f"{place:010d} 00000 n \n" for place in places)
+    trailer = f"trailer\n<< /Size {len(objects) + 1} /Root 1 0 R >>\nstartxref\n{len(content)}\n%%EOF\n"
+    content += f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{table}{trailer}"
+    path.write_text(content, encoding="ascii")
+    if password is not None:
+        import pypdf
+
+        writer = pypdf.PdfWriter(clone_from=pypdf.PdfReader(path))
+        writer.encrypt(password, algorithm="RC4-128")
+        writer.write(path)
+    return path
+
+
+def read(*sources: object, **options: object) -> list[Document]:
+    return list(read_documents([str(source) for source in sources], **options))  # type: ignore[arg-type]
+
+
+def mistake(*sources: object, **options: object) -> str:
+    with pytest.raises(UserError) as caught:
+        read(*sources, **options)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+# ------------------------------------------------------------------------------------------------------- formats
+
+
+def test_a_text_file_is_one_document_without_byte_order_mark_and_carriage_returns(tmp_path):
+    path = tmp_path / "a.md"
+    path.write_bytes(b"\xef\xbb\xbf# T\xc3\xa4xt\r\nline two\r\n")
+    assert read(path) == [Document(str(path), "# Täxt\nline two\n")]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_each_line_of_jsonl_is_a_document(tmp_path, ending):
+    texts = [f"text {number}\nünï " + "x" * number for number in range(300)]
+    path = write_jsonl(tmp_path / f"books{ending}", [{"body": text, "other": 1} for text in texts])
+    got = read(path, text_field="body")
+    assert [document.text for document in got] == texts
+    assert [document.name for document in got] == [f"{path}:{line}" for line in range(1, 301)]
+
+
+def test_parquet_rows_are_documents_over_several_batches(tmp_path):
+    texts = [f"row {number}" for number in range(2 * formats.PARQUET_ROWS + 5)]
+    path = write_parquet(tmp_path / "a.parquet", {"id": list(range(len(texts))), "text": texts})
+    tally = Tally()
+    got = read(path, tally=tally)
+    assert [document.text for document in got] == texts
+    assert got[-1].name == f"{path}:{len(texts)}"
+    assert tally.documents == len(texts)
+    assert tally.bytes_read == path.stat().st_size
+
+
+def test_a_pdf_is_one_document_of_all_its_pages(tmp_path):
+    path = write_pdf(tmp_path / "a.pdf", ["First page", "Second page"])
+    assert read(path) == [Document(str(path), "First page\n\nSecond page")]
+
+
+def test_a_pdf_that_opens_without_a_password_is_read(tmp_path):
+    assert read(write_pdf(tmp_path / "a.pdf", ["Only printing is forbidden"], password=""))[0].text.startswith("Only")
+
+
+def test_a_hub_data_set_is_streamed(tmp_path):
+    """datasets reads a local folder just as it reads one of the hub."""
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "one"}, {"text": ""}, {"text": "three"}])
+    write_jsonl(tmp_path / "test.jsonl", [{"text": "held back"}])
+    source = f"hub:{tmp_path}"
+    assert read(source) == [Document(f"{source}:0", "one"), Document(f"{source}:2", "three")]
+    assert [document.text for document in read(f"{source}:test")] == ["held back"]
+    assert [document.text for document in read(f"{source}:default:test")] == ["held back"]
+    assert "nonesuch" in mistake(f"{source}:nonesuch")
+    assert "validation" in mistake(f"{source}:validation")
+    assert "its fields are: text" in mistake(source, text_field="body")
+
+
+def test_a_hub_data_set_out_of_reach_is_a_sentence():
+    sentence = mistake("hub:someone/books")  # the test environment forbids the network
+    assert "someone/books" in sentence
+    assert "network" in sentence
+
+
+@settings(max_examples=50, deadline=None)
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=6))
+def test_any_text_survives_jsonl(texts):
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_jsonl(Path(folder, "a.jsonl"), [{"text": "first"}, *({"text": text} for text in texts)])
+        expected = ["first"] + [text for text in texts if text.strip()]
+        assert [document.text for document in read(path)] == expected
+
+
+def test_lone_surrogates_become_replacement_characters(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a\\ud800b"}\n', encoding="utf-8")
+    assert read(path)[0].text == "a\ufffdb"
+
+
+# ------------------------------------------------------------------------------------------- folders and collections
+
+
+def test_a_folder_is_walked_in_order_and_what_is_passed_over_is_counted(tmp_path, caplog):
+    kept = {
+        "a.txt": b"a", "c.py": b"c", "sub/b.txt": b"b", "sub/deep/a.rst": b"deep", "z/a.txt": b"z",
+    }  # fmt: skip
+    left_out = {
+        ".hidden": b"no", ".git/config": b"no", "sub/__pycache__/b.txt": b"no", "node_modules/x.js": b"no",
+        "cached/CACHEDIR.TAG": b"Signature: 8a477f597d28d172789f06886806bc55", "cached/x.txt": b"no",
+        "picture.png": b"\x89PNG\0\0", "latin.txt": "naïve".encode("latin-1"), "empty.txt": b"", "blank.txt": b" \n",
+    }  # fmt: skip
+    for name, content in (kept | left_out).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    write_jsonl(tmp_path / "sub" / "c.jsonl", [{"text": "one"}, {"text": None}, {"text": "two"}])
+    write_pdf(tmp_path / "scan.pdf", [""])
+    with caplog.at_level(logging.WARNING):
+        got = read(tmp_path)
+    assert [(os.path.relpath(document.name, tmp_path), document.text) for document in got] == [
+        ("a.txt", "a"), ("c.py", "c"), ("sub/b.txt", "b"), ("sub/c.jsonl:1", "one"), ("sub/c.jsonl:3", "two"),
+        ("sub/deep/a.rst", "deep"), ("z/a.txt", "z"),
+    ]  # fmt: skip
+    (record,) = caplog.records
+    assert "3 empty documents, 1 files (PDF without readable text), 2 files (binary or not UTF-8)" in record.message
+
+
+def test_sources_come_in_the_order_given_and_bytes_are_counted(tmp_path):
+    (tmp_path / "b.txt").write_text("bbb", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("a", encoding="utf-8")
+    tally = Tally()
+    assert [document.text for document in read(tmp_path / "b.txt", tmp_path / "a.txt", tally=tally)] == ["bbb", "a"]
+    assert (tally.bytes_read, tally.documents, tally.sentence()) == (4, 2, "")
+
+
+def test_the_standard_library_in_two_disjoint_parts():
+    trained, held_out, all_of_it = (
+        [file.name for file in source_files("stdlib", side)] for side in (False, True, None)
+    )
+    assert set(trained) | set(held_out) == set(all_of_it)
+    assert len(trained) + len(held_out) == len(all_of_it) > 100
+    first = next(read_documents(["stdlib"], held_out=True))
+    assert first.name in held_out
+    assert all(name.startswith("stdlib/") for name in all_of_it)
+
+
+def test_nothing_is_read_before_it_is_asked_for(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        documents, "read_file", lambda path, field: opened.append(path.name) or formats.read_file(path, field)
+    )
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text("text", encoding="utf-8")
+    reading = read_documents([str(tmp_path)])
+    assert opened == []
+    list(islice(reading, 2))
+    assert opened == ["0.txt", "1.txt"]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_memory_does_not_grow_with_the_file(tmp_path, ending):
+    size = 300_000
+    texts = [chr(97 + number % 26) * size for number in range(40)]
+    path = tmp_path / f"long{ending}"
+    if ending == ".parquet":
+        write_parquet(path, {"text": texts})  # its batches are outside Python's heap
+    else:
+        write_jsonl(path, [{"text": text} for text in texts])
+    del texts
+    tracemalloc.start()
+    assert sum(len(document.text) for document in read_documents([str(path)])) == 40 * size
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 12 * size  # of 40; a few copies of one document, plus the buffers
+
+
+# ------------------------------------------------------------------------------------------------------- mistakes
+
+
+def test_a_missing_path_names_the_nearest_one(tmp_path):
+    (tmp_path / "books.txt").write_text("x", encoding="utf-8")
+    assert "Did you mean 'books.txt'?" in mistake(tmp_path / "boks.txt")
+    assert f"no folder '{tmp_path / 'nowhere'}'" in mistake(tmp_path / "nowhere" / "a.txt")
+    assert "'stdlib'" in mistake("stdlb")
+
+
+def test_mistakes_of_a_file_named_directly(tmp_path):
+    cases = {
+        "zero.txt": (b"", "empty"),
+        "blank.txt": (b"  \n", "no text"),
+        "a.bin": (b"\x7fELF\0\0", "binary"),
+        "utf16.txt": ("text".encode("utf-16"), "UTF-16"),
+        "latin.txt": ("naïve".encode("latin-1"), "not UTF-8"),
+        "a.parquet": (b"PAR1 is not enough", "parquet"),
+        "a.pdf": (b"%PDF-1.4\nbroken", "PDF"),
+        "a.jsonl.gz": (b"not compressed", "cannot be read"),
+        "b.jsonl.gz": (gzip.compress(b'{"text": "x"}\n' * 999)[:-9], "cannot be read"),
+        "a.jsonl.zst": (b"not compressed", "cannot be read"),
+    }
+    for name, (content, words) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        sentence = mistake(tmp_path / name)
+        assert words in sentence, sentence
+        assert name in sentence
+
+
+def test_an_empty_folder_and_one_with_nothing_to_read(tmp_path):
+    assert "no files" in mistake(tmp_path)
+    (tmp_path / "a.bin").write_bytes(b"\0")
+    assert "1 files (binary or not UTF-8)" in mistake(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"text": "cut', "not valid JSON"),
+        (b'{"text": "\xff"}', "not valid JSON"),
+        (b'"just a string"', "is a str"),
+        (b'{"txet": "x", "id": 3}', "its fields are: txet, id"),
+        (b'{"text": ["x"]}', "holds a list"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, line, words):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
+    reading = read_documents([str(path)])
+    assert next(reading).text == "fine"
+    with pytest.raises(UserError, match="line 3") as caught:
+        next(reading)
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_field_suggests_the_nearest(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"content": "x"}])
+    assert "Did you mean 'content'?" in mistake(path, text_field="contents")
+    path = write_parquet(tmp_path / "a.parquet", {"content": ["x"]})
+    assert "its fields are: content" in mistake(path)
+    assert "holds a int" in mistake(write_parquet(tmp_path / "b.parquet", {"text": [1]}))
+
+
+def test_pdf_mistakes(tmp_path):
+    assert "encrypted" in mistake(write_pdf(tmp_path / "a.pdf", ["x"], password="secret"))
+    assert "no text layer" in mistake(write_pdf(tmp_path / "b.pdf", ["", ""]))
+
+
+def test_a_python_without_library_sources(tmp_path, monkeypatch):
+    for module in (documents, standard_library):
+        monkeypatch.setattr(module, "standard_library_folder", lambda: tmp_path)
+    assert "no standard library sources" in mistake("stdlib")
+
+
+def test_other_mistakes(tmp_path):
+    assert "--data" in mistake()
+    assert "hub:NAME" in mistake("hub:")
+    assert "hub:NAME" in mistake("hub:a:b:c:d")
+    assert "neither a file nor a folder" in mistake(os.devnull)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("secret", encoding="utf-8")
+    path.chmod(0)
+    assert "Permission denied" in mistake(path)
+
+
+def test_reading_stopped_early_closes_its_file(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}] * 3)
+    files: list[io.BufferedReader] = []
+    real_open = Path.open
+
+    def remembered(self, *arguments, **options):
+        files.append(real_open(self, *arguments, **options))
+        return files[-1]
+
+    monkeypatch.setattr(Path, "open", remembered)
+    reading = read_documents([str(path)])
+    next(reading)
+    reading.close()
+    assert [file.closed for file in files] == [True]

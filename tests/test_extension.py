@@ -1,0 +1,286 @@
+"""`longlora extend` from end to end on a tiny model: result, resume, equivalence with a plain Trainer, and mistakes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from longlora.cli import main
+from longlora.run_directory import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory, tiny_model, tiny_tokenizer):
+    folder = tmp_path_factory.mktemp("base") / "model"
+    tiny_model("llama", vocab_size=257, tie_word_embeddings=True).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("documents")
+    words = "tree sum node left right token window group head value long short read write".split()
+    draw = random.Random(0)
+    for number in range(40):
+        (folder / f"{number:02}.txt").write_text(" ".join(draw.choice(words) for _ in range(120)))
+    return folder
+
+
+def command(base_folder, documents, output, **changes):
+    options = {
+        "data": str(documents),
+        "context": 256,
+        "output": str(output),
+        "steps": 4,
+        "batch": 2,
+        "lr": "1e-2",
+        "warmup-steps": 1,
+        "dtype": "float32",
+        "stride": 64,
+        "save-every": 2,
+    } | {name.replace("_", "-"): value for name, value in changes.items()}
+    words = ["extend", str(base_folder)]
+    for name, value in options.items():
+        words += [f"--{name}"] if value is True else [] if value is None else [f"--{name}", *str(value).split()]
+    return words
+
+
+def test_a_run_holds_everything_a_user_relies_on(base_folder, documents, tmp_path, capsys):
+    run = tmp_path / "run"
+    main([*command(base_folder, documents, run), "--json"])
+    out = capsys.readouterr()
+    summary = json.loads(out.out)
+    assert summary["positions"]["factor"] == 4.0
+    assert summary["training"]["steps"] == 4
+    assert set(summary["trainable"]["groups"]) == {"lora", "norm", "embed"}
+    assert [r["context"] for r in summary["evaluation"]["trained"]["results"]] == [64, 128, 256]
+    assert summary["evaluation"]["trained"]["results"][-1]["perplexity"] < 200
+    settings = yaml.safe_load((run / "settings.yaml").read_text())
+    assert settings["lr"] == 0.01
+    assert settings["versions"]["torch"] == torch.__version__
+    metrics = RunDirectory(run).read_metrics()
+    assert [m["step"] for m in metrics if "loss" in m] == [1, 2, 3, 4]
+    assert {"loss", "learning_rate", "tokens_per_second", "memory_bytes", "tokens"} <= set(metrics[0])
+    config = json.loads((run / "adapter" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 256
+    assert config["rope_parameters"]["rope_type"] == "yarn"
+    assert config["rope_parameters"]["factor"] == 4.0
+    assert (run / "report.html").stat().st_size > 1000
+
+    main(["eval", "perplexity", str(run), "--data", str(documents), "--contexts", "256", "--stride", "64", "--json"])
+    assert json.loads(capsys.readouterr().out)["results"][0]["context"] == 256
+    main(["merge", str(run), "--output", str(tmp_path / "merged")])
+    main(["eval", "perplexity", str(tmp_path / "merged"), "--data", str(documents), "--contexts", "64", "--json",
+          "--stride", "64"])
+
+
+def test_full_fine_tuning_saves_a_model(base_folder, documents, tmp_path):
+    main(command(base_folder, documents, tmp_path / "run", train="full", steps=1))
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def losses(run):
+    return [record["loss"] for record in RunDirectory(run).read_metrics() if "loss" in record]
+
+
+def adapter_weights(run):
+    from safetensors.torch import load_file
+
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_killed_run_resumes_to_the_same_result(base_folder, documents, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    main(command(base_folder, documents, whole, steps=6))
+    words = command(base_folder, documents, killed, steps=6)
+    process = subprocess.Popen([sys.executable, "-m", "longlora", *words], stderr=subprocess.DEVNULL)
+    while RunDirectory(killed).last_checkpoint() is None and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "adapter").exists()
+    main([*words, "--resume"])
+    assert losses(killed) == pytest.approx(losses(whole), rel=1e-6)
+    theirs = adapter_weights(whole)
+    for name, weight in adapter_weights(killed).items():
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "isolate"])
+def test_full_pattern_equals_a_plain_trainer_with_peft(base_folder, documents, tmp_path, packing):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+
+    from longlora.corpus.packing import pack
+    from longlora.corpus.tokens import tokenize_corpus
+    from longlora.positions import extend_positions
+    from longlora.settings import CorpusSettings
+
+    run = tmp_path / "run"
+    options = {"pattern": "full", "train": "lora", "packing": packing, "evaluation_data": str(documents)}
+    main(command(base_folder, documents, run, **options))
+
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    extend_positions(model, 256, "yarn")
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    rows = pack(tokenize_corpus(tokenizer, CorpusSettings(data=(str(documents),))), context=256, packing=packing)
+    set_seed(0)
+    target = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=target, task_type="CAUSAL_LM"))
+    arguments = TrainingArguments(
+        str(tmp_path / "plain"), max_steps=4, per_device_train_batch_size=1, gradient_accumulation_steps=2,
+        learning_rate=1e-2, lr_scheduler_type="constant_with_warmup", warmup_steps=1, weight_decay=0.0, adam_beta2=0.95,
+        seed=0, data_seed=0, logging_steps=1, report_to=[], use_cpu=True, remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    plain = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses(run) == pytest.approx(plain, rel=1e-5)
+
+
+def test_the_whole_logits_never_exist_while_training(base_folder, documents, tmp_path):
+    """With a chunk of 64 tokens, no call of the LM head sees more than 64 tokens of a row of 256."""
+    seen = []
+
+    def watch(module, inputs, output):
+        if torch.is_grad_enabled() and isinstance(output, torch.Tensor) and output.shape[-1] == 257:
+            seen.append(output[..., 0].numel())
+
+    handle = torch.nn.modules.module.register_module_forward_hook(watch)
+    try:
+        main(command(base_folder, documents, tmp_path / "run", steps=1, loss_chunk=64))
+    finally:
+        handle.remove()
+    assert seen
+    assert max(seen) <= 64
+
+
+def failing(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return " ".join(error.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"context": 64}, "--context is 64: it must be above the window"),
+        ({"context": 32}, "--context is 32: it must be above the window"),
+        ({"group_size": 1}, "--group-size is 1: it must be at least 2"),
+        ({"group_size": 512}, "--group-size is 512: it must be at most the context"),
+        ({"pattern": "shfit"}, "Did you mean 'shift'?"),
+        ({"method": "linaer"}, "Did you mean 'linear'?"),
+        ({"train": "lora,nrom"}, "Did you mean 'norm'?"),
+        ({"rank": 0}, "--rank is 0: it must be at least 1"),
+        ({"data": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"data": None}, "--data is missing"),
+        ({"batch": 3, "device_batch": 2}, "--batch is 3: it must be a multiple"),
+        ({"steps": 0}, "--steps is 0"),
+        ({"lr": "fast"}, "fast"),
+    ],
+)
+def test_mistakes_get_a_sentence_and_leave_nothing(base_folder, documents, tmp_path, capsys, changes, sentence):
+    run = tmp_path / "run"
+    assert sentence in failing(command(base_folder, documents, run, **changes), capsys)
+    assert not run.exists()
+
+
+def test_bad_documents_get_a_sentence_and_leave_nothing(base_folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    cases = {
+        "empty.txt": (b"", "empty"),
+        "binary.txt": (bytes(range(256)) * 8, "binary.txt"),
+        "short.txt": (b"a few words", "256"),
+        "broken.jsonl": (b'{"text": "good"}\n{"text": \n', "line 2"),
+        "fields.jsonl": (b'{"body": "good"}\n', "body"),
+    }
+    for name, (content, sentence) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        assert sentence in failing(command(base_folder, tmp_path / name, run), capsys), name
+        assert not run.exists(), name
+
+
+def test_output_folders_are_protected(base_folder, documents, tmp_path, capsys):
+    run = tmp_path / "run"
+    words = command(base_folder, documents, run)
+    assert "holds no run to go on with" in failing([*words, "--resume"], capsys)
+    main(words)
+    assert "already holds a run: give --resume" in failing(words, capsys)
+    changed = command(base_folder, documents, run, rank=4)
+    assert "'rank' was 8" in failing([*changed, "--resume"], capsys)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    assert "is not empty and holds no run" in failing(command(base_folder, documents, foreign), capsys)
+    assert sorted(os.listdir(foreign)) == ["thesis.txt"]
+    with RunDirectory(run).locked():
+        child = subprocess.run(
+            [sys.executable, "-m", "longlora", *words, "--resume"], capture_output=True, text=True, check=False
+        )
+    assert child.returncode == 2
+    assert "is in use by another run" in child.stderr
+
+
+def test_an_unknown_recipe_key_names_the_nearest(base_folder, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("contxt: 256\n")
+    words = ["extend", str(base_folder), "--config", str(recipe), "--output", str(tmp_path / "run")]
+    assert "Did you mean 'context'?" in failing(words, capsys)
+    recipe.write_text("context: [256\n")
+    assert "is not YAML" in failing(words, capsys)
+    recipe.write_text("context: many\ndata: stdlib\n")
+    assert "many" in failing(words, capsys)
+    assert "cannot be read" in failing([*words[:3], "nowhere.yaml", *words[4:]], capsys)
+
+
+def test_flags_override_the_recipe(tmp_path):
+    from longlora.cli import parse
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: demo\ncontext: 256\ndata: [a, b]\ncontexts: [64, 128]\ntrain: [lora, norm]\n"
+        "gradient_checkpointing: false\nlr: 1.0e-3\n"
+    )
+    _, settings = parse(["extend", "--config", str(recipe), "--output", "x", "--lr", "5e-4"])
+    assert (settings.model, settings.corpus.data, settings.perplexity.contexts) == ("demo", ("a", "b"), (64, 128))
+    assert settings.trainable.train == ("lora", "norm")
+    assert settings.training.gradient_checkpointing is False
+    assert settings.training.lr == 5e-4
+    _, settings = parse(["extend", "other", "--config", str(recipe), "--output", "x", "--data", "c"])
+    assert (settings.model, settings.corpus.data) == ("other", ("c",))
+
+
+def test_a_full_disk_is_a_sentence_and_resumes(base_folder, documents, tmp_path, capsys, monkeypatch):
+    import errno
+
+    import longlora.training as training
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "checkpoint-2/optimizer.pt")
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(training.ContextTrainer, "_save_optimizer_and_scheduler", full)
+        assert "the disk is full" in failing(command(base_folder, documents, run), capsys)
+    assert not (run / "adapter").exists()
+    assert RunDirectory(run).last_checkpoint() is None
+    main([*command(base_folder, documents, run), "--resume"])
+    assert (run / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_diverging_loss_is_said_to_be_one(base_folder, documents, tmp_path, capsys):
+    words = command(base_folder, documents, tmp_path / "run", lr="1e30", train="full", max_grad_norm=0, steps=20)
+    assert "lower --lr" in failing(words, capsys)

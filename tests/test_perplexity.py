@@ -1,0 +1,296 @@
+"""Sliding-window perplexity against a loop over full logits, and the promises around it."""
+
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from longlora.errors import UserError
+from longlora.evaluation.perplexity import Window, default_contexts, perplexity, perplexity_report, windows
+from longlora.losses import causal_lm_loss
+from longlora.positions import extend_positions
+from longlora.settings import PerplexitySettings
+
+VOCABULARY = 97
+# with L = 16: n < L, n = L, n = L + 1, n = L + kS for S = 5 and 8, and others
+LENGTHS = (15, 16, 17, 26, 32, 47, 61)
+
+
+def make_documents(lengths: Sequence[int] = LENGTHS) -> list[np.ndarray]:
+    random = np.random.default_rng(3)
+    return [random.integers(0, VOCABULARY, length).astype(np.uint16) for length in lengths]
+
+
+class Corpus:
+    """Documents one at a time, as `TokenizedCorpus` gives them."""
+
+    def __init__(self, documents: list[np.ndarray]) -> None:
+        self.documents = documents
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def document(self, index: int) -> np.ndarray:
+        return self.documents[index]
+
+
+@torch.no_grad()
+def loop(model: Any, documents: list[np.ndarray], context: int, stride: int, score: str) -> tuple[float, int]:
+    """The oracle: one window at a time, all logits, token by token; mean loss and count."""
+    total, count = 0.0, 0
+    for document in documents:
+        begin, known = 0, 0
+        while len(document) >= context:
+            window = document[begin : begin + context].tolist()
+            probabilities = model(torch.tensor([window])).logits[0].double().softmax(-1).numpy()
+            for i in range(1, len(window)):
+                if score == "window" or begin + i >= known:
+                    total -= math.log(probabilities[i - 1, window[i]])
+                    count += 1
+            if begin + context >= len(document):
+                break
+            known, begin = begin + context, begin + stride
+    return total / count, count
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[..., Any]) -> Any:
+    return tiny_model("llama")
+
+
+@pytest.mark.parametrize("score", ["last", "window"])
+@pytest.mark.parametrize("stride", [3, 5, 8, 16])
+def test_equals_a_loop_over_full_logits(model: Any, stride: int, score: str) -> None:
+    documents = make_documents()
+    settings = PerplexitySettings(contexts=(16, 26, 17), stride=stride, score=score)
+    results = perplexity(model, documents, settings, progress=False)
+    assert [result.context for result in results] == [16, 26, 17]
+    for result in results:
+        nll, tokens = loop(model, documents, result.context, stride, score)
+        assert result.tokens == tokens
+        assert result.nll == pytest.approx(nll, abs=1e-6)
+        assert result.perplexity == pytest.approx(math.exp(nll), rel=1e-5)
+        assert result.documents == sum(length >= result.context for length in LENGTHS)
+        assert result.skipped_documents == len(LENGTHS) - result.documents
+
+
+@pytest.mark.parametrize("score", ["last", "window"])
+def test_the_batch_size_changes_nothing(model: Any, score: str) -> None:
+    found = []
+    for batch in (1, 3, 1000, 0):
+        settings = PerplexitySettings(contexts=(16, 24), stride=5, score=score, evaluation_batch=batch)
+        found.append(perplexity(model, Corpus(make_documents()), settings, progress=False))
+    for results in found[1:]:
+        for result, alone in zip(results, found[0], strict=True):
+            assert result.nll == pytest.approx(alone.nll, abs=1e-6)
+            assert result.tokens == alone.tokens
+
+
+def test_windows_are_batched_across_documents(model: Any) -> None:
+    shapes: Counter[tuple[int, ...]] = Counter()
+    hook = model.model.embed_tokens.register_forward_hook(lambda _module, args, _output: shapes.update([args[0].shape]))
+    settings = PerplexitySettings(contexts=(16,), stride=8, evaluation_batch=4)
+    perplexity(model, make_documents([16, 24, 20, 16, 24, 16]), settings, progress=False)
+    hook.remove()
+    # six first windows, two whole later ones, one cut to 12 tokens
+    assert shapes == {(4, 16): 1, (2, 16): 2, (1, 12): 1}
+
+
+def test_windows_by_hand() -> None:
+    assert list(windows(8, 8, 3, "last")) == [Window(0, 8, 1)]
+    assert list(windows(9, 8, 3, "last")) == [Window(0, 8, 1), Window(3, 9, 5)]
+    assert list(windows(11, 8, 3, "last")) == [Window(0, 8, 1), Window(3, 11, 5)]
+    assert list(windows(12, 8, 3, "last")) == [Window(0, 8, 1), Window(3, 11, 5), Window(6, 12, 5)]
+    assert list(windows(12, 8, 3, "window")) == [Window(0, 8, 1), Window(3, 11, 1), Window(6, 12, 1)]
+    assert list(windows(6, 2, 1, "last")) == [Window(begin, begin + 2, 1) for begin in range(5)]
+    # windows end to end: the first token of each has nothing before it, and one alone at the end is no window
+    assert list(windows(12, 4, 4, "last")) == [Window(0, 4, 1), Window(4, 8, 1), Window(8, 12, 1)]
+    assert list(windows(9, 4, 4, "last")) == [Window(0, 4, 1), Window(4, 8, 1)]
+
+
+@pytest.mark.parametrize("context", [2, 3, 8, 13])
+def test_last_scores_each_token_once_with_the_promised_tokens_before_it(context: int) -> None:
+    for stride in range(1, context):
+        for tokens in range(context, 4 * context):
+            scored = Counter[int]()
+            for window in windows(tokens, context, stride, "last"):
+                assert window.end - window.begin <= context
+                scored.update(range(window.begin + window.first, window.end))
+                if window.begin:
+                    assert window.first >= context - stride
+            assert scored == Counter(range(1, tokens))
+
+
+@pytest.mark.parametrize("score", ["last", "window"])
+def test_only_scored_tokens_go_through_the_head(tiny_model: Callable[..., Any], score: str) -> None:
+    model = tiny_model("llama")
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda _module, args, _output: seen.append(args[0].shape[:-1].numel()))
+    passes: list[int] = []
+    model.model.register_forward_hook(lambda _module, _args, output: passes.append(output[0].shape[0]))
+    settings = PerplexitySettings(contexts=(16,), stride=4, score=score, evaluation_batch=3)
+    result = perplexity(model, make_documents(), settings, progress=False)[0]
+    # besides the scored tokens each pass makes the logits of its rows' last token, and the first one proves them
+    assert sum(seen) == result.tokens + sum(passes) + passes[0]
+
+
+def test_weighted_by_token_over_documents(model: Any) -> None:
+    """A long document that the model finds easy and two short ones that it finds hard: a mean of means would differ."""
+    easy = [5]
+    with torch.no_grad():
+        while len(easy) < 64:
+            easy.append(int(model(torch.tensor([easy[-16:]])).logits[0, -1].argmax()))
+    documents = [np.array(easy), *make_documents([16, 17])]
+    settings = PerplexitySettings(contexts=(16,), stride=4)
+    together = perplexity(model, documents, settings, progress=False)[0]
+    alone = [perplexity(model, [document], settings, progress=False)[0] for document in documents]
+    assert together.tokens == sum(result.tokens for result in alone)
+    by_token = sum(result.nll * result.tokens for result in alone) / together.tokens
+    assert together.nll == pytest.approx(by_token, abs=1e-6)
+    assert abs(sum(result.nll for result in alone) / 3 - by_token) > 0.5
+    assert together.nll == pytest.approx(loop(model, documents, 16, 4, "last")[0], abs=1e-6)
+
+
+def test_which_documents_are_scored(model: Any) -> None:
+    documents = make_documents()
+    settings = PerplexitySettings(contexts=(16, 32), stride=16, min_document_tokens=32)
+    for result in perplexity(model, documents, settings, progress=False):
+        assert (result.documents, result.skipped_documents) == (3, 4)
+        assert result.nll == pytest.approx(loop(model, documents[4:], result.context, 16, "last")[0], abs=1e-6)
+    settings = PerplexitySettings(contexts=(16,), stride=16, max_documents=2)
+    result = perplexity(model, iter(documents), settings, progress=False)[0]
+    assert (result.documents, result.skipped_documents) == (2, 1)
+    assert result.nll == pytest.approx(loop(model, documents[:3], 16, 16, "last")[0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "lengths", "sentence"),
+    [
+        ({"contexts": (32, 16), "stride": 17}, LENGTHS, "--stride is 17.*at most the shortest context, 16"),
+        ({"contexts": (), "stride": 65}, LENGTHS, "--stride is 65.*shortest context, 16"),
+        ({"contexts": (16, 62), "stride": 4}, LENGTHS, "62 tokens.*longest of 7 has 61"),
+        ({"contexts": (16,), "stride": 4, "min_document_tokens": 80}, LENGTHS, "80 tokens.*longest of 7 has 61"),
+        ({"contexts": (16,), "stride": 4}, (), "longest of 0 has 0"),
+    ],
+)
+def test_settings_that_do_not_fit(model: Any, settings: dict[str, Any], lengths: Sequence[int], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        perplexity(model, make_documents(lengths), PerplexitySettings(**settings), progress=False)
+
+
+def test_tokens_of_another_tokenizer_are_refused(model: Any) -> None:
+    documents = [np.array([0, 96, 97, 5] * 4)]
+    with pytest.raises(UserError, match="token 97 is not in the model's vocabulary of 97"):
+        perplexity(model, documents, PerplexitySettings(contexts=(16,), stride=4), progress=False)
+
+
+def test_a_loss_that_is_no_number_is_refused(tiny_model: Callable[..., Any]) -> None:
+    broken = tiny_model("llama")
+    broken.model.norm.weight.data[3] = math.nan
+    with pytest.raises(UserError, match="loss at context 16 is nan"):
+        perplexity(broken, make_documents(), PerplexitySettings(contexts=(16,), stride=4), progress=False)
+
+
+def test_beyond_the_window(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    documents = make_documents([100])
+    settings = PerplexitySettings(contexts=(64, 80), stride=40)
+    with caplog.at_level(logging.WARNING):
+        result = perplexity(model, documents, settings, progress=False)[1]
+    assert "context 80 is beyond the model's window of 64 tokens" in caplog.text
+    assert result.nll == pytest.approx(loop(model, documents, 80, 40, "last")[0], abs=1e-6)
+
+    learned = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(UserError, match="context 80 is beyond the 64 positions"):
+        perplexity(learned, documents, settings, progress=False)
+    assert perplexity(learned, documents, PerplexitySettings(contexts=(64,), stride=40), progress=False)
+
+
+def test_the_model_is_left_as_it_was(tiny_model: Callable[..., Any]) -> None:
+    """In training as the Trainer has it: dropout, gradient checkpointing and an input that asks for gradients."""
+    model = tiny_model("llama", attention_dropout=0.3)
+    settings = PerplexitySettings(contexts=(16,), stride=4)
+    expected = perplexity(model, make_documents(), settings, progress=False)[0]
+    extend_positions(model, 128, "dynamic")  # rotary embeddings that change with the length of what they last saw
+    lora = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.3)
+    trained = get_peft_model(model, lora)
+    trained.enable_input_require_grads()
+    model.gradient_checkpointing_enable()
+    trained.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in trained.modules()]
+    result = perplexity(trained, make_documents(), settings, progress=False)[0]
+    assert result.nll == pytest.approx(expected.nll, abs=1e-6)
+    assert perplexity(trained, make_documents([100]), PerplexitySettings(contexts=(100,), stride=4), progress=False)
+    assert [module.training for module in trained.modules()] == modes
+    input_ids = torch.randint(0, VOCABULARY, (1, 30))
+    causal_lm_loss(trained, {"input_ids": input_ids, "labels": input_ids}).backward()
+    assert any(parameter.grad is not None for parameter in trained.parameters())
+
+    with pytest.raises(UserError):
+        perplexity(trained, [np.full(16, VOCABULARY)], settings, progress=False)
+    assert [module.training for module in trained.modules()] == modes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_trained_parts_in_float32_inside_a_half_precision_model(
+    tiny_model: Callable[..., Any], dtype: torch.dtype
+) -> None:
+    model = tiny_model("llama")
+    settings = PerplexitySettings(contexts=(16,), stride=4)
+    expected = perplexity(model, make_documents(), settings, progress=False)[0]
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "norm", "input_layernorm"])
+    trained = get_peft_model(model, lora)
+    for parameter in trained.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+    result = perplexity(trained, make_documents(), settings, progress=False)[0]
+    assert result.nll == pytest.approx(expected.nll, abs=0.05)
+    assert result.nll != expected.nll
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_default_contexts(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("llama")
+    assert default_contexts(model.config) == (16, 32, 64)
+    for method, context, expected in [
+        ("linear", 256, (64, 128, 256)),
+        ("yarn", 200, (64, 128, 200)),
+        ("dynamic", 512, (64, 128, 256, 512)),
+        ("ntk", 100, (64, 100)),
+    ]:
+        model = tiny_model("llama")
+        extend_positions(model, context, method)
+        assert default_contexts(model.config) == expected
+    # contexts that the stride would not fit into are left out
+    model = tiny_model("llama")
+    results = perplexity(model, make_documents([70]), PerplexitySettings(stride=20), progress=False)
+    assert [result.context for result in results] == [32, 64]
+
+
+def test_the_report_is_json(model: Any) -> None:
+    settings = PerplexitySettings(contexts=(16, 32), stride=8, score="window")
+    results = perplexity(model, make_documents(), settings, progress=False)
+    report = json.loads(json.dumps(perplexity_report("some/model", "books", settings, results)))
+    entries = report.pop("results")
+    assert report == {"model": "some/model", "data": "books", "stride": 8, "score": "window"}
+    assert [entry["context"] for entry in entries] == [16, 32]
+    assert entries[0] == results[0].to_dict()
+    assert set(entries[0]) == {"context", "perplexity", "nll", "tokens", "documents", "skipped_documents"}
+
+
+def test_progress_in_a_log(model: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longlora.progress.SECONDS_BETWEEN_LINES", 0.0)
+    settings = PerplexitySettings(contexts=(16,), stride=4, evaluation_batch=8)
+    with caplog.at_level(logging.INFO):
+        perplexity(model, make_documents(), settings, progress=False)
+        assert "perplexity at 16" not in caplog.text
+        perplexity(model, make_documents(), settings)
+    assert "perplexity at 16" in caplog.text
+    assert "left" in caplog.text
