@@ -29,7 +29,9 @@ def base(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(base: Path, tiny_tokenizer: Any, tmp_path: Path) -> Path:
-    make_run(tmp_path / "run", base, tiny_tokenizer())
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 64
+    make_run(tmp_path / "run", base, tokenizer)
     return tmp_path / "run"
 
 

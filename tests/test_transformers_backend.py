@@ -207,6 +207,12 @@ def test_inference_can_be_asked_to_use_the_pattern():
     torch.testing.assert_close(model(**inputs, use_cache=False).logits, trained, rtol=0, atol=1e-12)
 
 
+def test_the_group_is_a_quarter_of_the_window_by_default():
+    model, inputs = build("Llama", max_position_embeddings=32), padded_batch()
+    expected = use_shifted_attention(model, 8)(**inputs, use_cache=False).logits
+    assert torch.equal(use_shifted_attention(model)(**inputs, use_cache=False).logits, expected)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients():
     model = use_shifted_attention(build("Qwen2"), 8)
     other = copy.deepcopy(model)

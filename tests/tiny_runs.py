@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from longlora.adapters import add_adapters, save_adapter
+from longlora.positions import extend_positions, present_context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,13 +29,8 @@ def save_base(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedToke
 
 
 def extend(config: Any) -> Any:
-    """Position Interpolation by `FACTOR`, written by hand; Phi-3 knows only LongRoPE, here with the same divisor."""
-    config.max_position_embeddings *= FACTOR
-    rope = {"rope_type": "linear", "factor": float(FACTOR)}
-    if config.model_type == "phi3":
-        divisors = [float(FACTOR)] * (config.hidden_size // config.num_attention_heads // 2)
-        rope = {"rope_type": "longrope", "short_factor": divisors, "long_factor": divisors}
-    config.rope_parameters = config.rope_parameters | rope
+    """Position Interpolation by `FACTOR`."""
+    extend_positions(config, present_context(config) * FACTOR, "linear")
     return config
 
 

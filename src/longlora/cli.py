@@ -98,7 +98,11 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
     name, rest = _command(list(argv))
     kind = COMMANDS[name][0]
     return name, tyro.cli(
-        kind, args=_with_recipe(kind, rest), prog=f"longlora {name}", description=kind.__doc__, config=(tyro.conf.OmitArgPrefixes,)
+        kind,
+        args=_with_recipe(kind, rest),
+        prog=f"longlora {name}",
+        description=kind.__doc__,
+        config=(tyro.conf.OmitArgPrefixes,),
     )
 
 

@@ -56,9 +56,7 @@ def recipe(output: str, seed: int) -> ExtendSettings:
             save_every=1000,
             seed=seed,
         ),
-        perplexity=PerplexitySettings(
-            contexts=CONTEXTS, stride=256, max_documents=4, min_document_tokens=CONTEXT
-        ),
+        perplexity=PerplexitySettings(contexts=CONTEXTS, stride=256, max_documents=4, min_document_tokens=CONTEXT),
     )
 
 

@@ -3,14 +3,15 @@
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from longlora.adapters import add_adapters_from, save_adapter, trainable_summary
@@ -25,7 +26,7 @@ from longlora.positions import PositionExtension, extend_positions, present_cont
 from longlora.report.page import write_report
 from longlora.run_directory import RunDirectory
 from longlora.settings import ExtendSettings, PerplexitySettings
-from longlora.training import train
+from longlora.training import refuse_missing_trackers, train
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +67,9 @@ def extend(settings: ExtendSettings) -> dict[str, Any]:
             label = f"{settings.positions.method}, not trained"
             evaluation["untrained"] = measure(run, "untrained", label, model, settings, data, measured, 1)
 
-        model, summary = train_extension(model, tokenizer, settings, run, data, extension)
+        trained, summary = train_extension(model, tokenizer, settings, run, data, extension)
         if measured:
-            evaluation["trained"] = measure(run, "trained", "longlora", model, settings, data, measured, 2)
+            evaluation["trained"] = measure(run, "trained", "longlora", trained, settings, data, measured, 2)
         summary["evaluation"] = evaluation
         run.write_evaluation("summary", summary)
         write_report(run.path)
@@ -91,10 +92,10 @@ def train_extension(
     """
     set_seed(settings.training.seed)
     context = settings.positions.context
-    model = add_adapters_from(settings.trainable, model)
+    trainee = add_adapters_from(settings.trainable, model)
     group = settings.attention.tokens_per_group(context)
-    use_shifted_attention(model, group, settings.attention.pattern)
-    trainable = trainable_summary(model)
+    use_shifted_attention(trainee, group, settings.attention.pattern)
+    trainable = trainable_summary(trainee)
     logger.info(
         "training %s of %s parameters (%.2f%%): %s",
         f"{trainable['trainable']:,}",
@@ -103,16 +104,16 @@ def train_extension(
         ", ".join(f"{name} {count:,}" for name, count in trainable["groups"].items()),
     )
     trained = train(
-        model,
+        trainee,
         data.rows,
         settings.training,
         run,
         held_out=[ids for ids in data.held_out if len(ids) >= context][:8],
         in_order=settings.corpus.prefer_long,
     )
-    save_result(model, tokenizer, run, context)
-    model.eval()
-    return model, {
+    save_result(trainee, tokenizer, run, context)
+    trainee.eval()
+    return trainee, {
         "output": str(run.path),
         "model": settings.model,
         "positions": asdict(extension),
@@ -136,19 +137,18 @@ def prepare_data(settings: ExtendSettings, tokenizer: PreTrainedTokenizerBase, m
         sources = settings.evaluation_data or ("stdlib",)
         measured = tokenize_corpus(tokenizer, replace(corpus, data=sources, max_tokens=None), held_out=True)
         held_out = [measured.document(index) for index in range(len(measured))]
-        parts = (training, measured)
+        largest = max(training.largest_token, measured.largest_token)
     else:
         kept = held_out_documents(training, context)
         held_out = [training.document(index) for index in kept]
         chosen = np.setdiff1d(chosen, kept)
-        parts = (training,)
-    embedded = model.get_input_embeddings().num_embeddings
-    for part in parts:
-        if part.largest_token >= embedded:
-            raise UserError(
-                f"the tokenizer makes token {part.largest_token:,} but the model embeds only {embedded:,}: give the "
-                f"tokenizer that belongs to {settings.model}."
-            )
+        largest = training.largest_token
+    embedded = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    if largest >= embedded:
+        raise UserError(
+            f"the tokenizer makes token {largest:,} but the model embeds only {embedded:,}: give the tokenizer that "
+            f"belongs to {settings.model}."
+        )
     rows = pack(
         training,
         documents=chosen,
@@ -182,7 +182,7 @@ def measure(
     perplexities: PerplexitySettings,
     order: int,
 ) -> dict[str, Any]:
-    """Perplexity of `model` on the held-out documents, kept as `evaluation/perplexity-NAME.json`; read back on resume."""
+    """Perplexity of `model` on the held-out documents, kept as `evaluation/perplexity-NAME.json` for a resumed run."""
     file = f"perplexity-{name}"
     known = run.read_evaluation(file) if settings.training.resume else None
     if known:
@@ -219,6 +219,7 @@ def _refuse_early(settings: ExtendSettings) -> None:
     config = load_config(
         settings.model, trust_remote_code=settings.loading.trust_remote_code, revision=settings.loading.revision
     )
+    refuse_missing_trackers(settings.training)
     window = present_context(config)
     if settings.positions.context <= window:
         raise UserError(
@@ -235,7 +236,7 @@ def _refuse_early(settings: ExtendSettings) -> None:
 def load_for_training(settings: ExtendSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loading = settings.loading
-    return load(
+    model, tokenizer = load(
         settings.model,
         dtype=settings.training.dtype,
         device=device,
@@ -243,6 +244,7 @@ def load_for_training(settings: ExtendSettings) -> tuple[PreTrainedModel, PreTra
         revision=loading.revision,
         merge=True,
     )
+    return cast(PreTrainedModel, model), tokenizer
 
 
 def _measured_contexts(settings: ExtendSettings, model: PreTrainedModel, data: Data) -> PerplexitySettings | None:
@@ -257,9 +259,7 @@ def _measured_contexts(settings: ExtendSettings, model: PreTrainedModel, data: D
     longest = max(len(ids) for ids in data.held_out)
     reachable = tuple(context for context in contexts if context <= longest)
     if len(reachable) < len(contexts):
-        logger.info(
-            "the longest held-out document has %s tokens: contexts above that are not measured", f"{longest:,}"
-        )
+        logger.info("the longest held-out document has %s tokens: contexts above that are not measured", f"{longest:,}")
     if not reachable:
         return None
     minimum = settings.perplexity.min_document_tokens or max(reachable)
@@ -267,7 +267,7 @@ def _measured_contexts(settings: ExtendSettings, model: PreTrainedModel, data: D
 
 
 @contextmanager
-def _nothing_left_behind(run: RunDirectory):
+def _nothing_left_behind(run: RunDirectory) -> Iterator[None]:
     """A mistake found before training leaves no run directory where there was none."""
     existed = run.settings_file.exists()
     try:

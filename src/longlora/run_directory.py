@@ -1,11 +1,11 @@
 """A run directory: settings, checkpoints, metrics, evaluation and result of one run, safe against a second writer.
 
-    settings.yaml   every resolved setting, versions, seed, the package's commit
-    metrics.jsonl   one line a logged step
-    evaluation/     one JSON file a measurement
-    checkpoint-N/   what `--resume` goes on from
-    adapter/ | model/   the result: a stock PEFT adapter, or a full model
-    report.html
+settings.yaml   every resolved setting, versions, seed, the package's commit
+metrics.jsonl   one line a logged step
+evaluation/     one JSON file a measurement
+checkpoint-N/   what `--resume` goes on from
+adapter/ | model/   the result: a stock PEFT adapter, or a full model
+report.html
 """
 
 import fcntl
@@ -112,7 +112,9 @@ class RunDirectory:
         try:
             settings = yaml.safe_load(self.settings_file.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.path} is not a run directory: {self.settings_file.name} is not readable.") from error
+            raise UserError(
+                f"{self.path} is not a run directory: {self.settings_file.name} is not readable."
+            ) from error
         if not isinstance(settings, dict):
             raise UserError(f"{self.settings_file} is not a table of settings: name another run directory.")
         return settings

@@ -235,13 +235,13 @@ class PerplexitySettings:
     """Sliding-window perplexity (DESIGN section 6; paper section 4.2 with its stride of 256)."""
 
     contexts: Tokens = ()
-    """Context lengths to test, in tokens; default every doubling from the model's original window to its present one."""
+    """Context lengths to test, in tokens; default every doubling from the original window to the present one."""
 
     stride: int = 256
     """Tokens the window slides by (paper section 4.1: 256)."""
 
     score: Annotated[str, _choice(SCORES)] = "last"
-    """`last` scores the newest tokens of each window, each token once; `window` averages whole windows as the paper did."""
+    """`last` scores the newest tokens of each window, each token once; `window` averages whole windows (the paper)."""
 
     evaluation_batch: int = 0
     """Windows a forward pass; 0 chooses about 8,192 tokens a pass."""
@@ -250,12 +250,16 @@ class PerplexitySettings:
     """Evaluate only the first this many documents that are long enough."""
 
     min_document_tokens: int | None = None
-    """Leave out documents shorter than this at every context, so that all contexts see the same text; default: each context its own."""
+    """Leave out documents shorter than this at every context, so that all contexts see the same text; default: each
+    context its own length."""
 
     def __post_init__(self) -> None:
         for context in self.contexts:
             _at_least("contexts", context, 2, "tokens")
         _at_least("stride", self.stride, 1, "tokens")
+        _at_least("evaluation-batch", self.evaluation_batch, 0, "windows")
+        if self.max_documents is not None:
+            _at_least("max-documents", self.max_documents, 1)
         check_choice("--score", self.score, SCORES)
 
 

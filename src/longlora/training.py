@@ -1,4 +1,4 @@
-"""Training on packed rows with transformers' Trainer: our loss, our parameter groups, our metrics; nothing else changed."""
+"""Training on packed rows with transformers' Trainer: our loss, our parameter groups, our metrics, nothing else."""
 
 import logging
 import math
@@ -7,12 +7,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from longlora.adapters import parameter_groups
@@ -39,7 +40,8 @@ class ContextTrainer(Trainer):
         """AdamW with a learning rate of their own for norms and embeddings."""
         if self.optimizer is None:
             self.optimizer = torch.optim.AdamW(
-                parameter_groups(model or self.model, self.training), betas=(self.training.beta1, self.training.beta2)
+                parameter_groups(cast(nn.Module, model or self.model), self.training),
+                betas=(self.training.beta1, self.training.beta2),
             )
         return self.optimizer
 
@@ -59,13 +61,13 @@ class ContextTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.in_order:
-            return torch.utils.data.SequentialSampler(dataset)
+            return torch.utils.data.SequentialSampler(cast(PackedRows, dataset))
         return super()._get_train_sampler(train_dataset)
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Perplexity of the held-out documents at the training context, with full attention."""
         settings = PerplexitySettings(contexts=(self.context,), stride=self.context)
-        result = perplexity(self.model, self.held_out, settings, progress=False)[0]
+        result = perplexity(cast(nn.Module, self.model), self.held_out, settings, progress=False)[0]
         metrics = {f"{metric_key_prefix}_loss": result.nll, f"{metric_key_prefix}_perplexity": result.perplexity}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -123,6 +125,17 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def refuse_missing_trackers(training: TrainingSettings) -> None:
+    """Raises UserError when `report_to` names a tracker that is not installed."""
+    available = get_available_reporting_integrations()
+    for tracker in training.report_to:
+        if tracker not in available:
+            raise UserError(
+                f"--report-to names '{tracker}', which is not installed here: install it, or give one of "
+                f"{', '.join(available) or 'none (no tracker is installed)'}."
+            )
 
 
 def train(

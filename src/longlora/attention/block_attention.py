@@ -5,6 +5,7 @@ through the kernel in one call. Shapes: B rows, H query heads, Hkv KV heads, N t
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +18,14 @@ class _PermuteTokens(torch.autograd.Function):
     """`x[:, :, order]` for a permutation, whose gradient is again a gather instead of a scatter-add."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
         ctx.save_for_backward(order)
         return x.index_select(2, order)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (order,) = ctx.saved_tensors
-        return gradient.index_select(2, order.argsort()), None
+        return gradients[0].index_select(2, order.argsort()), None
 
 
 def block_attention(query: Tensor, key: Tensor, value: Tensor, plans: Sequence[HeadSetPlan], kernel: Kernel) -> Tensor:
@@ -47,7 +48,7 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, plans: Sequence[H
         heads = slice(plan.heads.query_start, plan.heads.query_stop)
         sizes = [rows.row_stop - rows.row_start for rows in plan.rows]
         by_rows = zip(plan.rows, _split(q, sizes, 0), _split(k, sizes, 0), _split(v, sizes, 0), strict=True)
-        outputs.append(_join([_attend_rows(rows, *qkv, heads, kernel) for rows, *qkv in by_rows], 0))
+        outputs.append(_join([_attend_rows(rows, qr, kr, vr, heads, kernel) for rows, qr, kr, vr in by_rows], 0))
     return _join(outputs, 2).transpose(1, 2)
 
 
@@ -58,15 +59,14 @@ def _attend_rows(plan: RowPlan, q: Tensor, k: Tensor, v: Tensor, heads: slice, k
         q, k, v = (_PermuteTokens.apply(x, order) for x in (q, k, v))
     sizes, runs = _with_gaps(plan.runs, q.shape[2])
     pieces = zip(runs, _split(q, sizes, 2), _split(k, sizes, 2), _split(v, sizes, 2), strict=True)
-    output = _join(
-        [
-            _attend_run(run, *qkv, heads, kernel)
-            if run
-            else qkv[2].new_zeros(qkv[0].shape[0], qkv[0].shape[2], qkv[0].shape[1], qkv[2].shape[3])
-            for run, *qkv in pieces
-        ],
-        1,
-    )
+    outputs = []
+    for run, q_piece, k_piece, v_piece in pieces:
+        if run:
+            outputs.append(_attend_run(run, q_piece, k_piece, v_piece, heads, kernel))
+        else:
+            rows, width, tokens, _ = q_piece.shape
+            outputs.append(v_piece.new_zeros(rows, tokens, width, v_piece.shape[3]))
+    output = _join(outputs, 1)
     if order is not None:
         output = _PermuteTokens.apply(output.transpose(1, 2), order.argsort()).transpose(1, 2)
     return output
@@ -79,9 +79,11 @@ def _attend_run(run: Run, q: Tensor, k: Tensor, v: Tensor, heads: slice, kernel:
     mergeable = all(x.shape[0] == 1 or x.stride(0) == x.shape[2] * x.stride(2) for x in (q, k, v))
     if not mergeable:
         rows = zip(q.split(1), k.split(1), v.split(1), strict=True)
-        return _join([_attend_run(run, *row, heads, kernel) for row in rows], 0)
-    blocks = [x.transpose(1, 2).unflatten(1, (run.count, run.length)).flatten(0, 1).transpose(1, 2) for x in (q, k, v)]
-    output = kernel(*blocks, heads).transpose(1, 2)
+        return _join([_attend_run(run, q_row, k_row, v_row, heads, kernel) for q_row, k_row, v_row in rows], 0)
+    q_blocks, k_blocks, v_blocks = (
+        x.transpose(1, 2).unflatten(1, (run.count, run.length)).flatten(0, 1).transpose(1, 2) for x in (q, k, v)
+    )
+    output = kernel(q_blocks, k_blocks, v_blocks, heads).transpose(1, 2)
     return output.unflatten(0, (q.shape[0], run.count)).flatten(1, 2)
 
 

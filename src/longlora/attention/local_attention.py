@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from longlora.attention.kernels import Kernel
-from longlora.attention.layout import Documents
+from longlora.attention.layout import Document, Documents
 
 
 def local_attention(
@@ -22,13 +22,13 @@ def local_attention(
         (B, H, N, Dv). The largest score matrix is (window, 2 * window) a head.
     """
     rows = [
-        _attend_row(*qkv, row, window, kernel)
-        for row, *qkv in zip(documents, query.split(1), key.split(1), value.split(1), strict=True)
+        _attend_row(q, k, v, row, window, kernel)
+        for row, q, k, v in zip(documents, query.split(1), key.split(1), value.split(1), strict=True)
     ]
     return torch.cat(rows)
 
 
-def _attend_row(q: Tensor, k: Tensor, v: Tensor, row: tuple, window: int, kernel: Kernel) -> Tensor:
+def _attend_row(q: Tensor, k: Tensor, v: Tensor, row: tuple[Document, ...], window: int, kernel: Kernel) -> Tensor:
     heads = slice(0, q.shape[1])
     sizes, chunks = _chunks(row, window, q.shape[2])
     pieces = list(zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True))
@@ -48,8 +48,8 @@ def _attend_row(q: Tensor, k: Tensor, v: Tensor, row: tuple, window: int, kernel
     return torch.cat(outputs, 2)
 
 
-def _chunks(row: tuple, window: int, length: int) -> tuple[list[int], list[str]]:
-    """The row as padding and document chunks of at most `window` tokens; a document's later chunks read the one before."""
+def _chunks(row: tuple[Document, ...], window: int, length: int) -> tuple[list[int], list[str]]:
+    """The row as padding and chunks of at most `window` tokens; later chunks of a document read the one before."""
     sizes: list[int] = []
     kinds: list[str] = []
     at = 0

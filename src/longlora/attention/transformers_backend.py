@@ -5,11 +5,12 @@ model's ordinary attention itself. The paper trains with S2-Attn and keeps full 
 """
 
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from longlora.attention.block_attention import block_attention
@@ -17,6 +18,7 @@ from longlora.attention.kernels import eager_kernel, sdpa_kernel
 from longlora.attention.layout import Documents, documents_from_model_inputs, plan
 from longlora.attention.local_attention import local_attention
 from longlora.errors import UserError, check_choice
+from longlora.positions import present_context
 from longlora.settings import PATTERNS
 
 IMPLEMENTATION = "s2_attn"
@@ -86,7 +88,7 @@ def use_shifted_attention(
     _check_served(base)
     config = base.config.get_text_config()
     if group_size is None:
-        group_size = max(2, config.max_position_embeddings // 4)
+        group_size = max(2, present_context(config) // 4)
     if not isinstance(group_size, int) or group_size < 2:
         raise UserError(f"group_size is {group_size}: it must be a whole number of at least 2 tokens.")
 
@@ -123,7 +125,7 @@ def _check_served(model: PreTrainedModel) -> None:
         raise UserError(f"{name} is an encoder-decoder: S2-Attn serves decoder-only language models.")
 
 
-def _global_layers(config) -> dict[int, int]:
+def _global_layers(config: PreTrainedConfig) -> dict[int, int]:
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     layers = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
     return {layer: ordinal for ordinal, layer in enumerate(layers)}
@@ -135,7 +137,7 @@ class _ChooseImplementation:
     def __init__(self, state: ShiftedAttentionState, outermost: bool):
         self.state, self.outermost = state, outermost
 
-    def __call__(self, module: nn.Module, arguments: tuple) -> None:
+    def __call__(self, module: PreTrainedModel, arguments: tuple[Any, ...]) -> None:
         wanted = IMPLEMENTATION if module.training or self.state.inference else self.state.ordinary
         if module.config._attn_implementation != wanted:
             module.config._attn_implementation = wanted
@@ -144,12 +146,12 @@ class _ChooseImplementation:
 
 
 class _ProveServed:
-    """Post-forward hook: a forward pass in training that never reached S2-Attn is an error, not silent full attention."""
+    """Post-forward hook: a training pass that never reached S2-Attn is an error, not silent full attention."""
 
     def __init__(self, state: ShiftedAttentionState):
         self.state = state
 
-    def __call__(self, module: nn.Module, arguments: tuple, output: object) -> None:
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], output: object) -> None:
         if module.training and not self.state.served and not torch.compiler.is_compiling():
             raise UserError(
                 f"{type(module).__name__} never called the attention implementation '{IMPLEMENTATION}': its layers "
@@ -169,7 +171,7 @@ def shifted_attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_ids: Tensor | None = None,
-    **keywords,
+    **keywords: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' AttentionInterface.
 
@@ -198,7 +200,7 @@ def shifted_attention_forward(
     kernel = eager_kernel(scaling, dropout, softcap, s_aux) if special else sdpa_kernel(scaling, dropout)
     state.served += 1
 
-    ordinal = state.global_layers.get(module.layer_idx)
+    ordinal = state.global_layers.get(cast(int, module.layer_idx))
     if sliding_window is not None and length > sliding_window:
         if ordinal is not None:
             raise UserError(
@@ -219,7 +221,7 @@ def _refuse_what_cannot_be_honoured(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     module: nn.Module,
-    keywords: dict,
+    keywords: dict[str, Any],
 ) -> None:
     unknown = sorted(
         name

@@ -67,11 +67,6 @@ def _evaluate(name: str, settings: EvaluatePerplexitySettings) -> dict[str, Any]
             raise UserError(f"--extend-to is {settings.extend_to:,}: {extension.message}")
         label = f"{name}, {settings.method} to {settings.extend_to:,}, not trained"
     corpus = tokenize_corpus(tokenizer, settings.corpus, held_out=True if "stdlib" in settings.corpus.data else None)
-    if corpus.largest_token >= model.get_input_embeddings().num_embeddings:
-        raise UserError(
-            f"the tokenizer of {name} makes token {corpus.largest_token:,} but the model embeds only "
-            f"{model.get_input_embeddings().num_embeddings:,}: give the tokenizer that belongs to it."
-        )
     logger.info("perplexity of %s", label)
     results = perplexity(model, corpus, settings.perplexity)
     data = ", ".join(Path(source).name if Path(source).exists() else source for source in settings.corpus.data)

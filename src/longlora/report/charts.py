@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from longlora.report.axes import Axis
 from longlora.report.svg import TEXT_SIZE, Drawing, clipped, text_width
@@ -81,15 +82,17 @@ def line_chart(
 ) -> str:
     """Lines over a grid, each with its label at its end, kept apart from one another.
 
+    A line that leaves the range of `y` is cut off there, and has its label only if it comes back.
+
     Args:
         marks: values of `x` that get a vertical line with a name.
     """
     drawing = Drawing(width, height, description)
-    labels = [(line, line.last) for line in lines if line.label and line.last]
-    widest = max((text_width(line.label) for line, _ in labels), default=0)
-    label_room = min(widest + 16, 0.42 * width) if labels else 8
-    left = 14 + max(text_width(label) for _, label in y.ticks)
-    top, right, bottom = 26 + LINE_HEIGHT * len(marks), width - label_room, height - 42
+    labels = [(line, last) for line in lines if line.label and (last := line.last) and y.low <= last.y <= y.high]
+    widest = max((text_width(line.label) for line in lines if line.label), default=0)
+    label_room = min(widest + 18, 0.42 * width) if widest else 8
+    left = max(42.0, 14 + max((text_width(label) for _, label in y.ticks), default=0))
+    top, right, bottom = 30 + LINE_HEIGHT * len(marks), width - label_room, height - 42
 
     def across(value: float) -> float:
         return left + x.place(value) * (right - left)
@@ -107,14 +110,15 @@ def line_chart(
         drawing.text(at, bottom + 18, label, "middle")
     drawing.text((left + right) / 2, height - 4, x.title, "middle", "title")
     for row, (value, name) in enumerate(marks):
-        at, baseline = across(value), 26 + LINE_HEIGHT * row
+        at, baseline = across(value), 30 + LINE_HEIGHT * row
         drawing.add("line", x1=at, x2=at, y1=baseline + 4, y2=bottom, class_="mark")
         before = at + text_width(name) > width and at - text_width(name) > 0
         drawing.text(at + (-4 if before else -2), baseline, name, "end" if before else "start", "mark-name")
     for line in lines:
-        _draw(drawing, line, [[(across(p.x), down(p.y), p.note) for p in run] for run in line.runs])
+        drawn = [[(across(point.x), down(point.y), point.note) for point in run] for run in line.runs]
+        _draw(drawing, line, drawn, top, bottom)
 
-    ends = [(across(last.x), down(last.y)) for _, last in labels if last]
+    ends = [(across(last.x), down(last.y)) for _, last in labels]
     places = _spread([end[1] for end in ends], top - 6, bottom + 6)
     for (line, _), (end_x, end_y), place in zip(labels, ends, places, strict=True):
         if end_x < right - 12 or abs(place - end_y) > 6:
@@ -147,17 +151,17 @@ def bar_chart(groups: Sequence[Bars], *, width: int, description: str) -> str:
     return str(drawing)
 
 
-def share_chart(parts: Sequence[Share], rest: Share, *, width: int, description: str) -> str:
-    """A bar of `parts` and `rest` together, and below it, widened, the parts on their own."""
+def share_chart(parts: Sequence[Share], trained: str, rest: Share, *, width: int, description: str) -> str:
+    """A bar of `parts` (as one, named `trained`) and `rest`, and below it, widened, the parts on their own."""
     drawing = Drawing(width, 128, description)
     size = sum(part.value for part in parts)
     cut = max(3.0, width * size / (size + rest.value))
     drawing.add("polygon", points=f"0,44 {cut:.1f},44 {width},80 0,80", class_="zoom")
     drawing.add("rect", x=0, y=18, width=cut, height=26, class_="ink-fill")
-    drawing.add("rect", note=rest.label, x=cut, y=18, width=max(width - cut, 0), height=26, class_=f"{rest.tone} fill")
+    drawing.add("rect", note=rest.label, x=cut, y=18, width=max(width - cut, 0), height=26, class_="rest")
     drawing.text(width, 12, rest.label, "end")
-    drawing.text(0, 12, "trained")
-    start = free = 0.0
+    drawing.text(0, 12, trained)
+    start = 0.0
     for part in parts:
         stop = start + width * part.value / size
         drawing.add(
@@ -169,23 +173,37 @@ def share_chart(parts: Sequence[Share], rest: Share, *, width: int, description:
             height=26,
             class_=f"{part.tone} fill",
         )
-        # A name that would run into the one before, or out of the picture, is left to the table.
-        if start >= free and start + text_width(part.label) <= width:
+        if text_width(part.label) <= stop - start:  # a sliver's name is left to the table
             drawing.text(start, 122, part.label)
-            free = start + text_width(part.label) + 8
         start = stop
     return str(drawing)
 
 
-def _draw(drawing: Drawing, line: Line, runs: Iterable[Sequence[tuple[float, float, str]]]) -> None:
+def _draw(
+    drawing: Drawing, line: Line, runs: Iterable[Sequence[tuple[float, float, str]]], top: float, bottom: float
+) -> None:
     for run in runs:
-        if len(run) > 1:
-            path = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y, _ in run)
+        path = "".join(_cut(start, stop, top, bottom) for start, stop in pairwise((x, y) for x, y, _ in run))
+        if path:
             drawing.add("path", d=path, class_=f"{line.tone} line {line.style}".rstrip())
         for x, y, note in run if line.dots or len(run) == 1 else ():
-            drawing.add(
-                "circle", note=note, cx=x, cy=y, r=4 if line.style == "strong" else 3, class_=f"{line.tone} dot"
-            )
+            if top <= y <= bottom:
+                radius = 4 if line.style == "strong" else 3
+                drawing.add("circle", note=note, cx=x, cy=y, r=radius, class_=f"{line.tone} dot")
+
+
+def _cut(start: tuple[float, float], stop: tuple[float, float], top: float, bottom: float) -> str:
+    """The part of a stroke that lies between `top` and `bottom`, as SVG path commands.
+
+    >>> _cut((0, 50), (10, -50), 0, 100)
+    'M0.0,50.0L5.0,0.0'
+    """
+    (x, y), (across, down) = start, (stop[0] - start[0], stop[1] - start[1])
+    shares = sorted(((edge - y) / down) for edge in (top, bottom)) if down else [0.0, 1.0]
+    first, last = max(0.0, shares[0]), min(1.0, shares[1])
+    if first > last or not min(y, stop[1]) <= bottom or not max(y, stop[1]) >= top:
+        return ""
+    return f"M{x + first * across:.1f},{y + first * down:.1f}L{x + last * across:.1f},{y + last * down:.1f}"
 
 
 def _apart(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:

@@ -14,7 +14,7 @@ METHODS = {
     "linear": "Position Interpolation",
     "ntk": "NTK-aware scaling",
     "dynamic": "dynamic NTK scaling",
-    "llama3": "Llama 3's scaling",
+    "llama3": "Llama 3’s scaling",
     "longrope": "LongRoPE",
     "none": "a larger limit and no other change",
 }
@@ -79,6 +79,11 @@ def what_was_done(run: Recorded) -> list[str]:
     return [sentence for sentence in (_positions(run), _attention(run), _trainable(run)) if sentence]
 
 
+def _name(run: Recorded) -> str:
+    name = run.settings.get("model") or run.word("model") or "the model"
+    return "the demo model" if name == "demo" else str(name)
+
+
 def _value(result: Measured) -> str:
     return wording.perplexity(result.perplexity)
 
@@ -93,24 +98,24 @@ def _home(run: Recorded, base: PerplexityOf | None) -> Measured | None:
 def _judge(far: Measured, home: Measured | None, beyond: Measured | None) -> tuple[list[str], bool | None]:
     """Against the base model: at the same length it must win, against its own window it is worth saying by how much."""
     if beyond is not None and not _below(far, beyond):
-        said = f"at {wording.whole(far.context)} tokens it is no better than the base model, which was not trained for that"
-        return [f"This run did not help: {said}."], False
+        where = f"{wording.whole(far.context)} tokens"
+        return [f"This run did not help: at {where} the base model, not trained for that, is as good or better."], False
     if home is None:
         return [], True if beyond else None
     share = far.perplexity / home.perplexity - 1
     if share < -SAME:
         return [
-            f"The longer window helps: perplexity is {wording.change(share)} lower than the base model's at "
+            f"The longer window helps: perplexity is {wording.change(share)} lower than the base model’s at "
             f"{wording.whole(home.context)}."
         ], True
     if share <= SAME:
         return [
             "The model reads the longer window without loss but does not gain from it: perplexity is the base "
-            f"model's at {wording.whole(home.context)}."
+            f"model’s at {wording.whole(home.context)}."
         ], None
     return [
         f"The model does not gain from the longer window: perplexity is {wording.change(share)} higher than the base "
-        f"model's at {wording.whole(home.context)}."
+        f"model’s at {wording.whole(home.context)}."
     ], False
 
 
@@ -149,22 +154,21 @@ def _at_home(trained: PerplexityOf, home: Measured | None, far: Measured) -> lis
 
 
 def _not_measured(run: Recorded) -> Finding:
-    name = run.settings.get("model") or run.word("model") or "the model"
-    original, context = run.whole("positions", "original_context"), run.context
-    measured = [each for each in run.perplexities if each.results]
+    measured = next((each for each in run.perplexities if each.results), None)
     if measured:
-        each = measured[0]
-        first = each.results[-1]
+        first = measured.results[-1]
         return Finding(
-            f"The trained model has not been measured; {each.label} has perplexity {_value(first)} "
+            f"The trained model has not been measured; {measured.label} has perplexity {_value(first)} "
             f"at {wording.whole(first.context)} tokens.",
             [],
         )
+    original, context = run.whole("positions", "original_context"), run.context
     if context is None:
-        return Finding(f"A run on {name}, in which no perplexity has been measured.", [])
+        return Finding(f"A run on {_name(run)}, in which no perplexity has been measured.", [])
     came = f" from {wording.whole(original)}" if original else ""
     done = "extended" if run.summary else "to be extended"
-    return Finding(f"{name}, {done}{came} to {wording.whole(context)} tokens; no perplexity has been measured.", [])
+    said = f"{_name(run)} {done}{came} to {wording.whole(context)} tokens; no perplexity has been measured."
+    return Finding(said.replace("the ", "The ", 1) if said.startswith("the ") else said, [])
 
 
 def _loss_advice(run: Recorded) -> list[str]:
@@ -181,7 +185,7 @@ def _positions(run: Recorded) -> str:
     factor, method = run.number("positions", "factor"), run.word("positions", "method")
     if not (original and context and factor and method):
         return ""
-    name = run.settings.get("model") or run.word("model") or "the model"
+    name = _name(run)
     if factor == 1 or run.summary["positions"].get("changed") is False:
         return f"The positions of {name} were left as they are, for {wording.whole(context)} tokens."
     return (
@@ -198,7 +202,7 @@ def _attention(run: Recorded) -> str:
     how = PATTERNS.get(pattern, f"the attention pattern {pattern}, in groups of {{group}} tokens")
     how = how.format(group=wording.whole(group)) if group else pattern
     length = f" for {wording.whole(steps)} steps ({wording.whole(tokens)} tokens)" if steps and tokens else ""
-    return f"It trained{length} with {how}; in use it attends to everything before a token, as any other model."
+    return f"The model trained{length} with {how}; in use it attends to everything before a token, as any other model."
 
 
 def _trainable(run: Recorded) -> str:

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from longlora.report import wording
-from longlora.report.axes import context_axis, drawable, measured_axis
-from longlora.report.charts import Line, Point, at_both_widths, line_chart
+from longlora.report.axes import LOGARITHMIC_FROM, Axis, context_axis, drawable, linear_axis, measured_axis
+from longlora.report.charts import LINE_HEIGHT, WIDTHS, Line, Point, at_both_widths, line_chart
 from longlora.report.reading import Content, Measured, PerplexityOf, Recorded
+
+CLOSE_UP = 1.35
+"""The close-up shows perplexities up to this many times the trained model's best."""
 
 _TONES = 8
 
@@ -34,7 +36,7 @@ def perplexity(run: Recorded) -> Content:
         if not drawable(result.perplexity)
     ]
     return {
-        "chart": _perplexity_chart(run, measured, tones),
+        "charts": _charts(run, measured, tones),
         "contexts": contexts,
         "rows": table,
         "best": best,
@@ -54,45 +56,55 @@ def _tones(measured: Sequence[PerplexityOf]) -> dict[str, str]:
     return fixed | {name: f"tone-{2 + index % (_TONES - 2)}" for index, name in enumerate(others)}
 
 
-def _perplexity_chart(run: Recorded, measured: Sequence[PerplexityOf], tones: dict[str, str]) -> dict[str, str] | None:
-    drawn = [(each, [r for r in each.results if drawable(r.perplexity)]) for each in measured]
-    values = [result.perplexity for _, results in drawn for result in results]
+def _charts(run: Recorded, measured: Sequence[PerplexityOf], tones: dict[str, str]) -> list[dict[str, str]]:
+    """All lines at once; and where one of them dwarfs the rest, a close-up of those around the trained model."""
+    values = [r.perplexity for each in measured for r in each.results if drawable(r.perplexity)]
     if not values:
-        return None
-    marks = [
-        (float(window), name)
-        for window, name in _windows(run)
-        if min(r.context for _, rs in drawn for r in rs) <= window <= max(r.context for _, rs in drawn for r in rs)
-    ]
-    x = context_axis("context, tokens (doubling)", [result.context for _, results in drawn for result in results])
-    y = measured_axis("perplexity, lower is better", values)
-    description = "Perplexity against context length. " + " ".join(
+        return []
+    charts = [_chart(run, measured, tones, measured_axis("perplexity, lower is better", values), 320)]
+    near = _near(run, measured, values)
+    if near:
+        charts.append(_chart(run, measured, tones, linear_axis("the same, close up", min(near), max(near)), 280))
+    return charts
+
+
+def _near(run: Recorded, measured: Sequence[PerplexityOf], values: Sequence[float]) -> list[float]:
+    """The perplexities worth a chart of their own: up to `CLOSE_UP` times the trained model's best; mostly none."""
+    trained = run.measured("trained")
+    own = [r.perplexity for r in trained.results if drawable(r.perplexity)] if trained else []
+    if not own or max(values) <= LOGARITHMIC_FROM * min(values) or max(own) > CLOSE_UP * min(own):
+        return []
+    near = [value for value in values if value <= CLOSE_UP * min(own)]
+    return near if max(near) <= LOGARITHMIC_FROM * min(near) else []
+
+
+def _chart(
+    run: Recorded, measured: Sequence[PerplexityOf], tones: dict[str, str], y: Axis, height: int
+) -> dict[str, str]:
+    contexts = [r.context for each in measured for r in each.results if drawable(r.perplexity)]
+    x = context_axis("context, tokens (doubling)", contexts)
+    marks = [(float(window), name) for window, name in _windows(run) if min(contexts) <= window <= max(contexts)]
+    description = f"{y.title.capitalize()}, against context length. " + " ".join(
         f"{each.label}: {', '.join(f'{_value(r)} at {wording.whole(r.context)}' for r in each.results)}."
         for each in measured
     )
 
+    def line(each: PerplexityOf, width: int) -> Line:
+        runs = [[Point(r.context, r.perplexity, _note(each, r)) for r in part] for part in _unbroken(each.results)]
+        value = wording.perplexity(runs[-1][-1].y) if runs else ""
+        label = f"{value} {each.label}" if width > WIDTHS["narrow"] else value
+        return Line(tones[each.name], runs, label, style="strong" if each.name == "trained" else "", dots=True)
+
     def draw(width: int) -> str:
-        lines = [
-            Line(
-                tone=tones[each.name],
-                runs=[
-                    [
-                        Point(r.context, r.perplexity, f"{each.label}, {wording.whole(r.context)} tokens: {_value(r)}")
-                        for r in run
-                    ]
-                    for run in _unbroken(each.results)
-                ],
-                label=f"{_value(results[-1])} {each.label}" if width > 500 else _value(results[-1]),
-                style="strong" if each.name == "trained" else "",
-                dots=True,
-            )
-            for each, results in drawn
-            if results
-        ]
-        height = max(340 if width > 500 else 300, 16 * len(lines) + 120)
-        return line_chart(lines, x, y, width=width, height=height, description=description, marks=marks)
+        lines = [line(each, width) for each in measured]
+        room = max(height, LINE_HEIGHT * len(lines) + 120)
+        return line_chart(lines, x, y, width=width, height=room, description=description, marks=marks)
 
     return at_both_widths(draw)
+
+
+def _note(each: PerplexityOf, result: Measured) -> str:
+    return f"{each.label}, {wording.whole(result.context)} tokens: {_value(result)}"
 
 
 def _windows(run: Recorded) -> list[tuple[int, str]]:

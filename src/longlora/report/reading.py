@@ -2,13 +2,13 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from longlora.run_directory import RunDirectory
-
 
 Content = dict[str, Any] | str
 """What a section's template draws, or the sentence that says why the section is left out."""
@@ -95,7 +95,7 @@ def read_run(folder: str | Path) -> Recorded:
     def beside_weights(name: str) -> dict[str, Any]:
         for path in (run.adapter / name, run.model / name):
             if path.is_file():
-                return _object(lambda: _json(path), str(path.relative_to(run.path)), unreadable)
+                return _object(partial(_json, path), str(path.relative_to(run.path)), unreadable)
         return {}
 
     try:
@@ -153,7 +153,7 @@ def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _object(read: Any, name: str, unreadable: list[str]) -> dict[str, Any]:
+def _object(read: Callable[[], Any], name: str, unreadable: list[str]) -> dict[str, Any]:
     """What `read` gives if it is a table; a file that is there and holds none is noted."""
     try:
         document = read()

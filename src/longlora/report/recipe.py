@@ -58,7 +58,7 @@ def merge_command(run: Recorded) -> str:
 
 
 def python_snippet(run: Recorded) -> str | None:
-    """The result in stock transformers and PEFT, or None where it has to be merged first: it lies on another adapter."""
+    """The result in stock transformers and PEFT, or None where it lies on another adapter and has to be merged."""
     if not run.adapter:
         folder = "MERGED" if not (run.path / "model").is_dir() else str(run.path / "model")
         return _plain_model(folder)

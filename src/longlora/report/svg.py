@@ -1,5 +1,6 @@
 """A drawing as SVG text: shapes that take their colours from the page's style sheet by class name."""
 
+import unicodedata
 from xml.etree import ElementTree
 
 TEXT_SIZE = 12
@@ -41,8 +42,8 @@ class Drawing:
 
 
 def text_width(words: str) -> float:
-    """Pixels that `words` take at most in a usual sans-serif font of `TEXT_SIZE`, estimated."""
-    return 0.6 * TEXT_SIZE * len(words)
+    """Pixels that `words` take in a broad sans-serif font of `TEXT_SIZE`, estimated letter by letter."""
+    return TEXT_SIZE * sum(_letter_width(letter) for letter in words)
 
 
 def clipped(words: str, width: float) -> str:
@@ -51,5 +52,18 @@ def clipped(words: str, width: float) -> str:
     >>> clipped("yarn, not trained", 60)
     'yarn, n…'
     """
-    room = max(1, int(width / text_width("n")))
-    return words if len(words) <= room else words[: room - 1].rstrip() + "…"
+    if text_width(words) <= width:
+        return words
+    room, kept = width - text_width("…"), ""
+    for letter in words:
+        room -= text_width(letter)
+        if room < 0:
+            break
+        kept += letter
+    return kept.rstrip() + "…"
+
+
+def _letter_width(letter: str) -> float:
+    if unicodedata.east_asian_width(letter) in "WF":
+        return 1.05
+    return 0.75 if letter.isupper() else 0.64 if letter.isdigit() else 0.57

@@ -33,12 +33,15 @@ def scientific(value: float) -> str:
 
 
 def plain(value: float) -> str:
-    """A number as short as it can be said to four digits, for axes and learning rates.
+    """A number as short as it can be said to four digits; a small one as learning rates are written.
 
     >>> [plain(value) for value in (0, 2.5, 512, 20000, 0.0002, 3e7)]
-    ['0', '2.5', '512', '20,000', '2 × 10⁻⁴', '3 × 10⁷']
+    ['0', '2.5', '512', '20,000', '2e-4', '3 × 10⁷']
     """
-    if value and not 1e-3 <= abs(value) < 1e6:
+    if value and abs(value) < 1e-3:
+        digits, exponent = f"{value:.3e}".split("e")
+        return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
+    if abs(value) >= 1e6:
         return scientific(value)
     return f"{value:,.4f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:,.0f}"
 

@@ -1,0 +1,44 @@
+"""What `longlora bench attention` prints for people."""
+
+from typing import Any
+
+
+def table(document: dict[str, Any]) -> str:
+    """The results for people: for each length a line for full attention, the pattern and the bound."""
+    lines = [
+        f"{document['hardware']}; torch {document['torch']}; {document['dtype']}",
+        f"causal attention, {document['rows']} × {document['heads']} query heads ({document['key_heads']} KV) of "
+        f"{document['head_dim']}; medians of {document['repeats']} rounds, one after the other in each",
+        "",
+        f"{'length':>9}{'group':>9}  {'attention':<13}{'forward':>12}{'backward':>12}{'both':>12}"
+        f"{'peak memory':>14}{'of full':>9}{'of bound':>9}",
+    ]
+    for result in document["results"]:
+        shares = {
+            "full": ("1.00", "–"),
+            "s2": (f"{result['ratio']:.2f}", f"{result['ratio_to_bound']:.2f}"),
+            "bound": (f"{result['bound_ratio']:.2f}", "1.00"),
+        }
+        start = f"{result['length']:>9,}{result['group_size']:>9,}"
+        for name, (of_full, of_bound) in shares.items():
+            cost = result[name]
+            times = (f"{1000 * cost[f'{part}seconds']:,.1f} ms" for part in ("forward_", "backward_", ""))
+            lines.append(
+                f"{start:18}  {result['pattern'] if name == 's2' else name:<13}"
+                + "".join(f"{text:>12}" for text in times)
+                + f"{_mebibytes(cost['memory_bytes']):>14}{of_full:>9}{of_bound:>9}"
+            )
+            start = ""
+        lines.append(
+            f"{'':18}  q, k, v {_mebibytes(result['input_bytes'])}, "
+            f"output {_mebibytes(result['output_bytes'])}; output and gradients checked"
+        )
+    lines += [
+        "",
+        "bound: dense causal attention of the groups, nothing else. Peak memory: what forward + backward add.",
+    ]
+    return "\n".join(lines)
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"

@@ -1,0 +1,172 @@
+"""Merging: stock transformers gets the same model from the folder, and a failure leaves nothing behind."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import FACTOR, logits, make_run, save_base, seen_by_stock_libraries
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from longlora.errors import UserError
+from longlora.merging import merge
+
+TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+FULL = {"train": ("full",)}
+CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
+    "llama": ("llama", False, {}),
+    "llama-tied": ("llama", True, {}),
+    "gemma-tied": ("gemma", True, {}),
+    "gpt_neox": ("gpt_neox", False, {}),
+    "phi3-tied": ("phi3", True, {}),
+    "llama-lora-alone": ("llama", True, {"train": ()}),
+    "llama-full": ("llama", False, FULL),
+    "llama-full-tied": ("llama", True, FULL),
+}
+"""Name -> architecture, tied, arguments of add_adapters."""
+
+
+@pytest.fixture
+def tokenizer(tiny_tokenizer: Any) -> Any:
+    made = tiny_tokenizer()
+    made.chat_template = TEMPLATE
+    made.model_max_length = 64
+    return made
+
+
+@pytest.fixture(scope="module")
+def stock(
+    tiny_model: Any, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """By case: what merge returned, what a process without longlora sees in the folder, the settings of the run."""
+    results, folders, ropes = {}, [], {}
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    for name, (architecture, tied, adapters) in CASES.items():
+        folder = tmp_path_factory.mktemp("case") / name
+        model = tiny_model(architecture, vocab_size=257, tie_word_embeddings=tied)
+        base = save_base(folder / "base", model, tokenizer)
+        trained = make_run(folder / "run", base, tokenizer, **adapters)
+        torch.save(logits(trained), folder / "expected.pt")
+        results[name] = merge(str(folder / "run"), folder / "merged")
+        ropes[name] = trained.config.rope_parameters
+        folders.append(folder)
+    seen = seen_by_stock_libraries(folders)
+    return {name: (results[name], seen[name], ropes[name]) for name in CASES}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_stock_transformers_gets_the_same_model(stock: Any, name: str) -> None:
+    _, tied, adapters = CASES[name]
+    result, seen, rope = stock[name]
+    assert seen["merged"] <= 1e-5
+    if adapters != FULL:
+        assert seen["adapter"] <= 1e-5
+    assert seen["merged_tied"] == result["tied"] == tied
+    assert seen["rope"] == result["rope_parameters"] == rope
+    assert seen["context"] == result["context"] == 64 * FACTOR
+    assert seen["tokenizer"] == [64 * FACTOR, TEMPLATE]
+    assert result["dtype"] == "float32"
+
+
+def test_what_merge_returns_is_so(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", tiny_model("llama", vocab_size=257, tie_word_embeddings=True), tokenizer)
+    make_run(tmp_path / "run", base, tokenizer)
+    (tmp_path / "merged").mkdir()  # an empty folder may be there
+    result = merge(str(tmp_path / "run"), tmp_path / "merged")
+    files = [path for path in (tmp_path / "merged").rglob("*") if path.is_file()]
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    assert result["model"] == str(tmp_path / "run")
+    assert result["base"] == str(base)
+    assert result["output"] == str(tmp_path / "merged")
+    assert result["bytes"] == sum(path.stat().st_size for path in files)
+    assert result["parameters"] == sum(weight.numel() for weight in weights.values())
+    assert "lm_head.weight" not in weights
+    assert {path.name for path in files} >= {"config.json", "generation_config.json", "tokenizer.json"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "merged", "run"]
+
+
+@pytest.mark.parametrize("adapters", [{}, FULL])
+def test_dtype_is_the_bases_unless_given(
+    tiny_model: Any, tokenizer: Any, tmp_path: Path, adapters: dict[str, Any]
+) -> None:
+    base = save_base(tmp_path / "base", tiny_model("llama", vocab_size=257).to(torch.bfloat16), tokenizer)
+    trained = make_run(tmp_path / "run", base, tokenizer, **adapters)
+    for asked, dtype in (("auto", torch.bfloat16), ("float32", torch.float32)):
+        result = merge(str(tmp_path / "run"), tmp_path / asked, dtype=asked)
+        assert result["dtype"] == str(dtype).removeprefix("torch.")
+        weights = load_file(tmp_path / asked / "model.safetensors")
+        assert {weight.dtype for weight in weights.values()} == {dtype}
+        assert AutoConfig.from_pretrained(tmp_path / asked).dtype == dtype
+        norm = next(p for name, p in trained.named_parameters() if "model.norm" in name and p.requires_grad)
+        assert torch.equal(weights["model.norm.weight"], norm.to(dtype))
+
+
+def test_generation_config_is_kept_and_agrees_with_the_window(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    # Llama 2's: up to its window, and a temperature that transformers does not let through without sampling.
+    base = save_base(tmp_path / "base", tiny_model("llama", vocab_size=257), tokenizer)
+    generation = {"max_length": 64, "temperature": 0.9, "top_p": 0.6, "eos_token_id": [0, 7], "bos_token_id": 1}
+    (base / "generation_config.json").write_text(json.dumps(generation))
+    make_run(tmp_path / "run", base, tokenizer)
+    merge(str(tmp_path / "run"), tmp_path / "merged")
+    written = GenerationConfig.from_pretrained(tmp_path / "merged")
+    assert {name: getattr(written, name) for name in generation} == generation | {"max_length": 64 * FACTOR}
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+    (base / "generation_config.json").write_text(json.dumps({"max_length": 20, "do_sample": True}))
+    merge(str(tmp_path / "run"), tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["max_length"] == 20
+
+
+def test_nothing_to_merge(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", tiny_model("llama", vocab_size=257), tokenizer)
+    for name in ("demo", str(base)):
+        with pytest.raises(UserError, match=r"has no adapter, there is nothing to merge"):
+            merge(name, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_output_that_is_there_stays_as_it_is(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", tiny_model("llama", vocab_size=257), tokenizer)
+    make_run(tmp_path / "run", base, tokenizer)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"output '.*file' is there already"):
+        merge(str(tmp_path / "run"), tmp_path / "file")
+    with pytest.raises(UserError, match=r"output '.*base' is there already and not empty"):
+        merge(str(tmp_path / "run"), base)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "file", "run"]
+
+
+def test_a_full_disk_or_a_stop_leaves_nothing(
+    tiny_model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_base(tmp_path / "base", tiny_model("llama", vocab_size=257), tokenizer)
+    make_run(tmp_path / "run", base, tokenizer)
+    raised: BaseException = OSError(errno.ENOSPC, "No space left on device")
+
+    def half_written(self: PreTrainedModel, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise raised
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", half_written)
+    with pytest.raises(UserError, match=r"cannot be written \(.*No space left on device"):
+        merge(str(tmp_path / "run"), tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
+    raised = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        merge(str(tmp_path / "run"), tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
+
+
+def test_a_model_that_cannot_be_loaded_leaves_nothing(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", tiny_model("llama", vocab_size=257), tokenizer)
+    make_run(tmp_path / "run", base, tokenizer)
+    shutil.rmtree(base)
+    with pytest.raises(UserError, match=r"base' is not there"):
+        merge(str(tmp_path / "run"), tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
