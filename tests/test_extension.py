@@ -313,3 +313,37 @@ def test_a_full_disk_is_a_sentence_and_resumes(base_folder, documents, tmp_path,
 def test_a_diverging_loss_is_said_to_be_one(base_folder, documents, tmp_path, capsys):
     words = command(base_folder, documents, tmp_path / "run", lr="1e30", train="full", max_grad_norm=0, steps=20)
     assert "lower --lr" in failing(words, capsys)
+
+
+def test_full_attention_comes_last_and_also_after_a_resume(base_folder, documents, tmp_path, monkeypatch):
+    import longlora.attention.transformers_backend as backend
+
+    patterns = []
+    plan = backend.plan
+
+    def watched(documents, length, heads, key_heads, group, pattern, layer=0):
+        patterns.append(pattern)
+        return plan(documents, length, heads, key_heads, group, pattern, layer)
+
+    monkeypatch.setattr(backend, "plan", watched)
+    options = {"full_attention_steps": 2, "save_every": 3, "gradient_checkpointing": None}
+    words = [w for w in command(base_folder, documents, tmp_path / "run", **options) if w]
+    main([*words, "--no-gradient-checkpointing"])
+    calls = len(patterns) // 4  # steps
+    assert patterns == ["shift"] * (2 * calls) + ["full"] * (2 * calls)
+    patterns.clear()
+    import shutil
+
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    main([*words, "--no-gradient-checkpointing", "--resume"])
+    assert patterns == ["full"] * calls
+
+
+def test_a_model_that_cannot_be_served_is_refused_before_any_work(documents, tmp_path, tiny_tokenizer, capsys):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=8, n_layer=1, n_head=2, n_positions=64)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    failing(command(folder, documents, tmp_path / "run"), capsys)
+    assert not (tmp_path / "run").exists()

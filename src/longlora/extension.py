@@ -57,6 +57,8 @@ def extend(settings: ExtendSettings) -> dict[str, Any]:
         with _nothing_left_behind(run):
             run.begin("extend", flat(settings), settings.training.resume)
             model, tokenizer = load_for_training(settings)
+            # here already, so that a model that cannot be served is refused before hours of work
+            use_shifted_attention(model, settings.attention.tokens_per_group(settings.positions.context))
             data = prepare_data(settings, tokenizer, model)
         measured = _measured_contexts(settings, model, data)
         evaluation = {}
@@ -93,8 +95,6 @@ def train_extension(
     set_seed(settings.training.seed)
     context = settings.positions.context
     trainee = add_adapters_from(settings.trainable, model)
-    group = settings.attention.tokens_per_group(context)
-    use_shifted_attention(trainee, group, settings.attention.pattern)
     trainable = trainable_summary(trainee)
     logger.info(
         "training %s of %s parameters (%.2f%%): %s",
@@ -107,6 +107,7 @@ def train_extension(
         trainee,
         data.rows,
         settings.training,
+        settings.attention,
         run,
         held_out=[ids for ids in data.held_out if len(ids) >= context][:8],
         in_order=settings.corpus.prefer_long,
@@ -117,7 +118,7 @@ def train_extension(
         "output": str(run.path),
         "model": settings.model,
         "positions": asdict(extension),
-        "attention": {"pattern": settings.attention.pattern, "group_size": group},
+        "attention": asdict(settings.attention) | {"group_size": settings.attention.tokens_per_group(context)},
         "trainable": trainable,
         "training": trained,
         "data": {"name": data.name, **describe(data.rows)},
@@ -230,6 +231,11 @@ def _refuse_early(settings: ExtendSettings) -> None:
     if group > settings.positions.context:
         raise UserError(
             f"--group-size is {group:,}: it must be at most the context, {settings.positions.context:,} tokens."
+        )
+    if settings.attention.full_attention_steps > settings.training.steps:
+        raise UserError(
+            f"--full-attention-steps is {settings.attention.full_attention_steps:,}: it must be at most --steps, "
+            f"{settings.training.steps:,}."
         )
 
 

@@ -91,8 +91,12 @@ class AttentionSettings:
     group_size: int | None = None
     """Tokens a group; default a quarter of the context (paper section 4.1, table 11)."""
 
+    full_attention_steps: int = 0
+    """Optimiser steps at the end of training with full attention, so that every distance is met at least then."""
+
     def __post_init__(self) -> None:
         check_choice("--pattern", self.pattern, PATTERNS)
+        _at_least("full-attention-steps", self.full_attention_steps, 0, "steps")
         if self.group_size is not None:
             _at_least("group-size", self.group_size, 2, "tokens")
 

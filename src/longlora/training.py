@@ -17,13 +17,14 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from longlora.adapters import parameter_groups
+from longlora.attention.transformers_backend import use_shifted_attention
 from longlora.corpus.packing import PackedRows
 from longlora.errors import UserError
 from longlora.evaluation.perplexity import perplexity
 from longlora.losses import causal_lm_loss
 from longlora.progress import Progress
 from longlora.run_directory import RunDirectory
-from longlora.settings import PerplexitySettings, TrainingSettings
+from longlora.settings import AttentionSettings, PerplexitySettings, TrainingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,24 @@ class MetricsCallback(TrainerCallback):
         self.progress.__exit__(None, None, None)
 
 
+class AttentionSchedule(TrainerCallback):
+    """S2-Attn (or another pattern) first, full attention for the last `full_attention_steps` optimiser steps.
+
+    The pattern follows from the step alone, so a resumed run meets the same one.
+    """
+
+    def __init__(self, attention: AttentionSettings, group_size: int):
+        self.attention, self.group_size = attention, group_size
+        self.present: str | None = None
+
+    def on_step_begin(self, args, state, control, model=None, **_):  # type: ignore[no-untyped-def]
+        full = state.global_step >= state.max_steps - self.attention.full_attention_steps
+        pattern = "full" if full else self.attention.pattern
+        if pattern != self.present:
+            use_shifted_attention(model, self.group_size, pattern)
+            self.present = pattern
+
+
 def peak_memory() -> int:
     """Bytes: the most that was allocated on the CUDA device, or the process's peak resident size without one."""
     if torch.cuda.is_available():
@@ -142,6 +161,7 @@ def train(
     model: nn.Module,
     rows: PackedRows,
     training: TrainingSettings,
+    attention: AttentionSettings,
     run: RunDirectory,
     *,
     held_out: Sequence[np.ndarray] = (),
@@ -150,9 +170,10 @@ def train(
     """Train `model` in place on `rows`, checkpointing into `run`.
 
     Args:
-        model: with the parameters that train marked so, already set up with its attention pattern.
+        model: with the parameters that train marked so.
         rows: packed rows of `context` tokens.
         training: optimisation.
+        attention: the pattern, its group size and its schedule.
         run: where checkpoints and metrics go; with `training.resume` the last whole checkpoint is gone on from.
         held_out: documents (token ids) whose perplexity is measured every `training.evaluate_every` steps.
         in_order: take the rows as they stand instead of shuffling them.
@@ -180,7 +201,10 @@ def train(
         args=arguments,
         train_dataset=rows,
         eval_dataset=rows if held_out else None,
-        callbacks=[MetricsCallback(run, training.batch * context)],
+        callbacks=[
+            MetricsCallback(run, training.batch * context),
+            AttentionSchedule(attention, attention.tokens_per_group(context)),
+        ],
     )
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)

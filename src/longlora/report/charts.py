@@ -113,7 +113,7 @@ def line_chart(
         at, baseline = across(value), 30 + LINE_HEIGHT * row
         drawing.add("line", x1=at, x2=at, y1=baseline + 4, y2=bottom, class_="mark")
         before = at + text_width(name) > width and at - text_width(name) > 0
-        drawing.text(at + (-4 if before else -2), baseline, name, "end" if before else "start", "mark-name")
+        drawing.text(at + (2 if before else -2), baseline, name, "end" if before else "start", "mark-name")
     for line in lines:
         drawn = [[(across(point.x), down(point.y), point.note) for point in run] for run in line.runs]
         _draw(drawing, line, drawn, top, bottom)

@@ -50,10 +50,14 @@ def perplexity(run: Recorded) -> Content:
 
 
 def _tones(measured: Sequence[PerplexityOf]) -> dict[str, str]:
-    """The trained model in the page's own colour, the base model in grey, the others in turn."""
+    """The trained model in the page's own colour, the base model in grey, the others in turn, then dashed."""
     fixed = {"trained": "tone-0", "base": "tone-1"}
     others = [each.name for each in measured if each.name not in fixed]
-    return fixed | {name: f"tone-{2 + index % (_TONES - 2)}" for index, name in enumerate(others)}
+    colours = _TONES - len(fixed)
+    return fixed | {
+        name: f"tone-{len(fixed) + index % colours}{' dashed' if index >= colours else ''}"
+        for index, name in enumerate(others)
+    }
 
 
 def _charts(run: Recorded, measured: Sequence[PerplexityOf], tones: dict[str, str]) -> list[dict[str, str]]:

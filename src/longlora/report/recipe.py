@@ -58,10 +58,12 @@ def merge_command(run: Recorded) -> str:
 
 
 def python_snippet(run: Recorded) -> str | None:
-    """The result in stock transformers and PEFT, or None where it lies on another adapter and has to be merged."""
+    """The adapter or full model of a run in stock transformers and PEFT.
+
+    None where the adapter lies on another one, so that it has to be merged to be used without longlora.
+    """
     if not run.adapter:
-        folder = "MERGED" if not (run.path / "model").is_dir() else str(run.path / "model")
-        return _plain_model(folder)
+        return _plain_model(str(run.path / "model"))
     base = str(run.adapter.get("base_model_name_or_path") or "")
     if (Path(base) / "adapter_config.json").is_file():
         return None

@@ -50,7 +50,7 @@ def do_it(run: Recorded) -> Content:
 
 def use_it(run: Recorded) -> Content:
     """The result in stock transformers and PEFT, and merged."""
-    if not run.adapter and not run.config and not run.summary:
+    if not run.adapter and not (run.path / "model").is_dir():
         return "How to use the result: this run has no adapter/ or model/ yet."
     return {"merge": recipe.merge_command(run), "snippet": recipe.python_snippet(run), "adapter": bool(run.adapter)}
 

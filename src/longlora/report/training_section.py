@@ -129,7 +129,8 @@ def trainable(run: Recorded) -> Content:
     named = f"trained {wording.percent(trained / total)}"
     description = f"{named}: {', '.join(f'{part.label} {wording.whole(part.value)}' for part in parts)}; {rest.label}"
     return {
-        "chart": at_both_widths(lambda width: share_chart(parts, named, rest, width=width, description=description)),
+        "chart": frozen
+        and at_both_widths(lambda width: share_chart(parts, named, rest, width=width, description=description)),
         "rows": [(part, part.value / total, rates.get(name)) for part, name in zip(parts, counts, strict=True)],
         "total": total,
         "trained": trained,

@@ -25,11 +25,12 @@ def perplexity(value: float) -> str:
 
 def scientific(value: float) -> str:
     """
-    >>> scientific(0.00002), scientific(1.234e9)
-    ('2 × 10⁻⁵', '1.2 × 10⁹')
+    >>> scientific(2e7), scientific(1.234e9), scientific(1e6)
+    ('2 × 10⁷', '1.2 × 10⁹', '10⁶')
     """
     digits, exponent = f"{value:.1e}".split("e")
-    return f"{digits.removesuffix('.0')} × 10{str(int(exponent)).translate(_RAISED)}"
+    power = f"10{str(int(exponent)).translate(_RAISED)}"
+    return power if digits == "1.0" else f"{digits.removesuffix('.0')} × {power}"
 
 
 def plain(value: float) -> str:
