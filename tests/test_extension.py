@@ -75,6 +75,8 @@ def test_a_run_holds_everything_a_user_relies_on(base_folder, documents, tmp_pat
     assert config["rope_parameters"]["rope_type"] == "yarn"
     assert config["rope_parameters"]["factor"] == 4.0
     assert (run / "report.html").stat().st_size > 1000
+    checkpoint = json.loads((run / "checkpoint-4" / "config.json").read_text())
+    assert checkpoint["rope_parameters"] == config["rope_parameters"]
 
     main(["eval", "perplexity", str(run), "--data", str(documents), "--contexts", "256", "--stride", "64", "--json"])
     assert json.loads(capsys.readouterr().out)["results"][0]["context"] == 256

@@ -291,6 +291,8 @@ def flat(settings: Any) -> dict[str, Any]:
         value = getattr(settings, field.name)
         if is_dataclass(value):
             found |= flat(value)
+        elif field.name == "output" or (field.name == "model" and value != "demo" and Path(value).exists()):
+            found[field.name] = str(Path(value).resolve())
         elif field.name not in ("json", "config"):
-            found[field.name] = str(Path(value).resolve()) if field.name == "output" else value
+            found[field.name] = value
     return found

@@ -233,7 +233,7 @@ def _ask_hub(source: ModelSource) -> ModelSource:
                 f"({first_line(error)}): check the name and the network.{_nearest_local(name)}"
             ) from error
         source = replace(source, local_only=True)
-    if (ADAPTER_CONFIG in there and "config.json" not in there) or ADAPTER_WEIGHTS in there:
+    if ADAPTER_CONFIG in there:
         patterns = ["*.json", "*.jinja", "*.model", "*.txt", ADAPTER_WEIGHTS]
         folder = snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=source.local_only)
         return replace(_adapter(name, Path(folder)), revision=revision)

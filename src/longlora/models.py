@@ -6,6 +6,7 @@ under the *extended* config.json that lies beside the adapter, but what PEFT onl
 
 import copy
 import io
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -117,7 +118,7 @@ def load_tokenizer(
 
 def _device(device: str | None) -> torch.device:
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(device or "cpu")
         torch.empty(0, device=place)

@@ -21,7 +21,7 @@ from longlora.attention.transformers_backend import use_shifted_attention
 from longlora.corpus.packing import PackedRows
 from longlora.errors import UserError
 from longlora.evaluation.perplexity import perplexity
-from longlora.losses import causal_lm_loss
+from longlora.losses import causal_lm_loss, unwrapped
 from longlora.progress import Progress
 from longlora.run_directory import RunDirectory
 from longlora.settings import AttentionSettings, PerplexitySettings, TrainingSettings
@@ -115,6 +115,11 @@ class MetricsCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
         self.progress.show(state.global_step, f"step {state.global_step} of {state.max_steps}, loss {self.loss:.3f}")
+
+    def on_save(self, args, state, control, model=None, **_):  # type: ignore[no-untyped-def]
+        """A checkpoint of an adapter gets the stretched config beside it, so that it loads as an adapter folder does."""
+        if state.is_world_process_zero:
+            unwrapped(model).config.save_pretrained(self.run.path / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
         self.progress.__exit__(None, None, None)

@@ -260,17 +260,20 @@ def _refuse_too_large(
     settings: BenchAttentionSettings, key_heads: int, length: int, group_size: int, device: torch.device
 ) -> None:
     """Raises UserError, before anything is allocated, for a length that will not fit."""
-    width, itemsize = settings.head_dim, getattr(torch, settings.dtype).itemsize
-    tensors = settings.rows * length * 2 * (settings.heads + key_heads) * width * itemsize
+    needed, free = _bytes_needed(settings, key_heads, length, group_size), free_bytes(device)
+    if free is not None and needed > free:
+        raise UserError(
+            f"--length {length:,} with {settings.rows} × {settings.heads} heads of {settings.head_dim} in "
+            f"{settings.dtype} needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {device}: "
+            "shorten it, or take fewer --heads or --rows."
+        )
+
+
+def _bytes_needed(settings: BenchAttentionSettings, key_heads: int, length: int, group_size: int) -> int:
+    itemsize = getattr(torch, settings.dtype).itemsize
+    tensors = settings.rows * length * 2 * (settings.heads + key_heads) * settings.head_dim * itemsize
     missing = -length % min(group_size, length)
     padded = tensors * (length + missing) // length if missing else 0
     # The check holds some twenty (N, D) and six (positions, N) float64 tensors, and its own gradient of the output.
-    check = length * (20 * width + 6 * MOST_POSITIONS) * 8 + tensors // 2
-    needed = tensors + padded + PEAK * tensors + check
-    free = free_bytes(device)
-    if free is not None and needed > free:
-        raise UserError(
-            f"--length {length:,} with {settings.rows} × {settings.heads} heads of {width} in {settings.dtype} needs "
-            f"about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {device}: shorten it, or take "
-            "fewer --heads or --rows."
-        )
+    check = length * (20 * settings.head_dim + 6 * MOST_POSITIONS) * 8 + tensors // 2
+    return tensors + padded + PEAK * tensors + check

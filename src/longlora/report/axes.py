@@ -10,6 +10,10 @@ LOGARITHMIC_FROM = 4
 """Values that span more than this ratio are drawn on a logarithmic scale."""
 
 
+_LEAST, _MOST = 1e-200, 1e200
+"""Numbers that arithmetic with a margin does not run out of."""
+
+
 @dataclass(frozen=True)
 class Axis:
     """`low` lies at place 0 and `high` at 1; each tick is a value and its label."""
@@ -28,8 +32,8 @@ class Axis:
 
 
 def drawable(value: float) -> bool:
-    """A perplexity, a loss: finite and above zero, so that it has a place on either scale."""
-    return math.isfinite(value) and value > 0
+    """Whether a perplexity or a loss has a place on either scale: above zero, and not beyond reason."""
+    return _LEAST <= value <= _MOST
 
 
 def measured_axis(title: str, values: Sequence[float]) -> Axis:
@@ -72,7 +76,7 @@ def step_axis(title: str, first: int, last: int) -> Axis:
 
 def _logarithmic(title: str, low: float, high: float) -> Axis:
     margin = (high / low) ** 0.04
-    low, high = max(low / margin, 1e-300), min(high * margin, 1e300)
+    low, high = low / margin, high * margin
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for mantissas in ((1, 2, 5), (1, 3), (1,)):
         values = [mantissa * 10.0**decade for decade in decades for mantissa in mantissas]

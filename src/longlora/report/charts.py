@@ -1,6 +1,6 @@
 """Line charts, bars and shares as SVG, drawn to be read at the width they are given in pixels."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -88,43 +88,25 @@ def line_chart(
         marks: values of `x` that get a vertical line with a name.
     """
     drawing = Drawing(width, height, description)
-    labels = [(line, last) for line in lines if line.label and (last := line.last) and y.low <= last.y <= y.high]
-    widest = max((text_width(line.label) for line in lines if line.label), default=0)
-    label_room = min(widest + 18, 0.42 * width) if widest else 8
-    left = max(42.0, 14 + max((text_width(label) for _, label in y.ticks), default=0))
-    top, right, bottom = 30 + LINE_HEIGHT * len(marks), width - label_room, height - 42
-
-    def across(value: float) -> float:
-        return left + x.place(value) * (right - left)
-
-    def down(value: float) -> float:
-        return bottom - y.place(value) * (bottom - top)
-
-    for value, label in y.ticks:
-        drawing.add("line", x1=left, x2=right, y1=down(value), y2=down(value), class_="grid")
-        drawing.text(left - 7, down(value) + 4, label, "end")
-    drawing.text(2, 12, y.title, class_="title")
-    drawing.add("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="axis")
-    for at, label in _apart([(across(value), label) for value, label in x.ticks]):
-        drawing.add("line", x1=at, x2=at, y1=bottom, y2=bottom + 5, class_="axis")
-        drawing.text(at, bottom + 18, label, "middle")
-    drawing.text((left + right) / 2, height - 4, x.title, "middle", "title")
+    named = max((text_width(line.label) for line in lines), default=0)
+    last_tick = max((text_width(label) / 2 for _, label in x.ticks[-1:]), default=7)
+    frame = _Frame(
+        x,
+        y,
+        left=max(42.0, 14 + max((text_width(label) for _, label in y.ticks), default=0)),
+        right=width - (min(named + 18, 0.42 * width) if named else last_tick + 1),
+        top=30 + LINE_HEIGHT * len(marks),
+        bottom=height - 42,
+    )
+    _draw_axes(drawing, frame)
     for row, (value, name) in enumerate(marks):
-        at, baseline = across(value), 30 + LINE_HEIGHT * row
-        drawing.add("line", x1=at, x2=at, y1=baseline + 4, y2=bottom, class_="mark")
+        at, baseline = frame.across(value), 30 + LINE_HEIGHT * row
+        drawing.add("line", x1=at, x2=at, y1=baseline + 4, y2=frame.bottom, class_="mark")
         before = at + text_width(name) > width and at - text_width(name) > 0
         drawing.text(at + (2 if before else -2), baseline, name, "end" if before else "start", "mark-name")
     for line in lines:
-        drawn = [[(across(point.x), down(point.y), point.note) for point in run] for run in line.runs]
-        _draw(drawing, line, drawn, top, bottom)
-
-    ends = [(across(last.x), down(last.y)) for _, last in labels]
-    places = _spread([end[1] for end in ends], top - 6, bottom + 6)
-    for (line, _), (end_x, end_y), place in zip(labels, ends, places, strict=True):
-        if end_x < right - 12 or abs(place - end_y) > 6:
-            drawing.add("line", x1=end_x + 5, y1=end_y, x2=right + 10, y2=place, class_=f"leader {line.tone}")
-        words = clipped(line.label, width - right - 14)
-        drawing.text(right + 13, place + 4, words, class_=f"{line.tone} ink {line.style}".rstrip())
+        _draw_line(drawing, frame, line)
+    _draw_ends(drawing, frame, lines)
     return str(drawing)
 
 
@@ -179,17 +161,61 @@ def share_chart(parts: Sequence[Share], trained: str, rest: Share, *, width: int
     return str(drawing)
 
 
-def _draw(
-    drawing: Drawing, line: Line, runs: Iterable[Sequence[tuple[float, float, str]]], top: float, bottom: float
-) -> None:
-    for run in runs:
-        path = "".join(_cut(start, stop, top, bottom) for start, stop in pairwise((x, y) for x, y, _ in run))
+@dataclass(frozen=True)
+class _Frame:
+    """Where on the picture, in pixels, the axes lie."""
+
+    x: Axis
+    y: Axis
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    def across(self, value: float) -> float:
+        return self.left + self.x.place(value) * (self.right - self.left)
+
+    def down(self, value: float) -> float:
+        return self.bottom - self.y.place(value) * (self.bottom - self.top)
+
+
+def _draw_axes(drawing: Drawing, frame: _Frame) -> None:
+    left, right, bottom = frame.left, frame.right, frame.bottom
+    for value, label in frame.y.ticks:
+        y = frame.down(value)
+        drawing.add("line", x1=left, x2=right, y1=y, y2=y, class_="grid")
+        drawing.text(left - 7, y + 4, label, "end")
+    drawing.text(2, 12, frame.y.title, class_="title")
+    drawing.add("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="axis")
+    for x, label in _apart([(frame.across(value), label) for value, label in frame.x.ticks]):
+        drawing.add("line", x1=x, x2=x, y1=bottom, y2=bottom + 5, class_="axis")
+        drawing.text(x, bottom + 18, label, "middle")
+    drawing.text((left + right) / 2, bottom + 38, frame.x.title, "middle", "title")
+
+
+def _draw_line(drawing: Drawing, frame: _Frame, line: Line) -> None:
+    for run in line.runs:
+        places = [(frame.across(point.x), frame.down(point.y)) for point in run]
+        path = "".join(_cut(start, stop, frame.top, frame.bottom) for start, stop in pairwise(places))
         if path:
             drawing.add("path", d=path, class_=f"{line.tone} line {line.style}".rstrip())
-        for x, y, note in run if line.dots or len(run) == 1 else ():
-            if top <= y <= bottom:
+        for point, (x, y) in zip(run, places, strict=True) if line.dots or len(run) == 1 else ():
+            if frame.top <= y <= frame.bottom:
                 radius = 4 if line.style == "strong" else 3
-                drawing.add("circle", note=note, cx=x, cy=y, r=radius, class_=f"{line.tone} dot")
+                drawing.add("circle", note=point.note, cx=x, cy=y, r=radius, class_=f"{line.tone} dot")
+
+
+def _draw_ends(drawing: Drawing, frame: _Frame, lines: Sequence[Line]) -> None:
+    """Labels at the right, each on the height of its line's last point or, tied to it by dots, as near as may be."""
+    named = [(line, line.last) for line in lines if line.label]
+    ends = [(line, frame.across(last.x), frame.down(last.y)) for line, last in named if last]
+    ends = [end for end in ends if frame.top <= end[2] <= frame.bottom]
+    places = _spread([y for _, _, y in ends], frame.top - 6, frame.bottom + 6)
+    for (line, x, y), place in zip(ends, places, strict=True):
+        if x < frame.right - 12 or abs(place - y) > 6:
+            drawing.add("line", x1=x + 5, y1=y, x2=frame.right + 10, y2=place, class_=f"leader {line.tone}")
+        words = clipped(line.label, drawing.width - frame.right - 14)
+        drawing.text(frame.right + 13, place + 4, words, class_=f"{line.tone} ink {line.style}".rstrip())
 
 
 def _cut(start: tuple[float, float], stop: tuple[float, float], top: float, bottom: float) -> str:

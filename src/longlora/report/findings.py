@@ -1,9 +1,9 @@
 """What the measurements say, in sentences made from the numbers and from nothing else."""
 
-import math
 from dataclasses import dataclass
 
 from longlora.report import wording
+from longlora.report.axes import drawable
 from longlora.report.reading import Measured, PerplexityOf, Recorded
 
 SAME = 0.005
@@ -47,7 +47,7 @@ def finding(run: Recorded) -> Finding:
         return _not_measured(run)
     far = trained.results[-1]
     where = f"{wording.whole(far.context)} tokens"
-    if not math.isfinite(far.perplexity):
+    if not drawable(far.perplexity):
         return Finding(
             f"After training, perplexity on held-out text at {where} is {_value(far)}: this run did not work.",
             _loss_advice(run),
@@ -92,7 +92,7 @@ def _home(run: Recorded, base: PerplexityOf | None) -> Measured | None:
     """The base model at its original window, or at the longest context measured inside it."""
     original = run.whole("positions", "original_context")
     inside = [result for result in base.results if original and result.context <= original] if base else []
-    return inside[-1] if inside and math.isfinite(inside[-1].perplexity) else None
+    return inside[-1] if inside and drawable(inside[-1].perplexity) else None
 
 
 def _judge(far: Measured, home: Measured | None, beyond: Measured | None) -> tuple[list[str], bool | None]:
@@ -121,7 +121,7 @@ def _judge(far: Measured, home: Measured | None, beyond: Measured | None) -> tup
 
 def _below(one: Measured, other: Measured) -> bool:
     """Infinite and undefined perplexities are above every number."""
-    return not math.isfinite(other.perplexity) or one.perplexity < other.perplexity * (1 - SAME)
+    return not drawable(other.perplexity) or one.perplexity < other.perplexity * (1 - SAME)
 
 
 def _untrained(run: Recorded, far: Measured) -> tuple[list[str], bool]:
@@ -129,7 +129,7 @@ def _untrained(run: Recorded, far: Measured) -> tuple[list[str], bool]:
     others = [
         (result, each.label)
         for each in run.perplexities
-        if each.name.startswith("untrained") and (result := each.at(far.context)) and math.isfinite(result.perplexity)
+        if each.name.startswith("untrained") and (result := each.at(far.context)) and drawable(result.perplexity)
     ]
     if not others:
         return [], False
@@ -143,7 +143,7 @@ def _untrained(run: Recorded, far: Measured) -> tuple[list[str], bool]:
 
 def _at_home(trained: PerplexityOf, home: Measured | None, far: Measured) -> list[str]:
     now = trained.at(home.context) if home else None
-    if home is None or now is None or home.context == far.context or not math.isfinite(now.perplexity):
+    if home is None or now is None or home.context == far.context or not drawable(now.perplexity):
         return []
     share = now.perplexity / home.perplexity - 1
     how = "stayed the same" if abs(share) <= SAME else f"{'rose' if share > 0 else 'fell'} by {wording.change(share)}"
@@ -199,8 +199,8 @@ def _attention(run: Recorded) -> str:
     if not pattern:
         return ""
     steps, tokens = run.whole("training", "steps"), run.whole("training", "tokens")
-    how = PATTERNS.get(pattern, f"the attention pattern {pattern}, in groups of {{group}} tokens")
-    how = how.format(group=wording.whole(group)) if group else pattern
+    how = PATTERNS.get(pattern, "").format(group=wording.whole(group)) if group else ""
+    how = how or f"the attention pattern {pattern}"
     length = f" for {wording.whole(steps)} steps ({wording.whole(tokens)} tokens)" if steps and tokens else ""
     return f"The model trained{length} with {how}; in use it attends to everything before a token, as any other model."
 

@@ -1,6 +1,8 @@
 """report.html: what a run directory holds, drawn on one self-contained page."""
 
 import os
+import re
+from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -11,6 +13,9 @@ from longlora.report.findings import finding, what_was_done
 from longlora.report.reading import read_run
 from longlora.report.sections import SECTIONS
 from longlora.run_directory import RunDirectory
+
+_NOT_HTML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+"""Characters that a page cannot hold."""
 
 
 def write_report(run: str | Path) -> Path:
@@ -25,7 +30,7 @@ def write_report(run: str | Path) -> Path:
     text = render(run)
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        beside.write_text(text, encoding="utf-8", errors="replace")
+        beside.write_text(text, encoding="utf-8")
         beside.replace(target)
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror}): make room there, or allow writing.") from error
@@ -42,7 +47,7 @@ def render(run: str | Path) -> str:
     """
     recorded = read_run(run)
     contents = {name: section(recorded) for name, section in SECTIONS.items()}
-    return (
+    html = (
         _templates()
         .get_template("report.html.j2")
         .render(
@@ -55,8 +60,10 @@ def render(run: str | Path) -> str:
             context=recorded.context,
         )
     )
+    return _NOT_HTML.sub("\N{REPLACEMENT CHARACTER}", html)
 
 
+@cache
 def _templates() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),

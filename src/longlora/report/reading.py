@@ -13,6 +13,9 @@ from longlora.run_directory import RunDirectory
 Content = dict[str, Any] | str
 """What a section's template draws, or the sentence that says why the section is left out."""
 
+_MOST = 10**18
+"""No count of tokens, documents or parameters is larger."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
@@ -100,7 +103,7 @@ def read_run(folder: str | Path) -> Recorded:
 
     try:
         metrics = [record for record in run.read_metrics() if isinstance(record, dict)]
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         metrics = []
         unreadable.append(run.metrics_file.name)
     found = [
@@ -139,9 +142,9 @@ def number(value: Any) -> float | None:
 
 
 def whole(value: Any) -> int | None:
-    """`value` as a whole number of at least 1, or None."""
+    """`value` as a whole number from 1 to `_MOST`, or None."""
     found = number(value)
-    return int(found) if found is not None and found >= 1 else None
+    return int(found) if found is not None and 1 <= found <= _MOST else None
 
 
 def rows(value: Any) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,16 +66,16 @@ def python_snippet(run: Recorded) -> str | None:
     if not run.adapter:
         return _plain_model(str(run.path / "model"))
     base = str(run.adapter.get("base_model_name_or_path") or "")
-    if (Path(base) / "adapter_config.json").is_file():
+    if base and os.path.isfile(os.path.join(base, "adapter_config.json")):
         return None
-    where, more = '"BASE_MODEL"', ""
+    classes, where, more = "AutoConfig, AutoModelForCausalLM, AutoTokenizer", _text(base or "BASE_MODEL"), ""
     if base.endswith(".gguf"):
-        where, more = _text(str(Path(base).parent)), f", gguf_file={_text(Path(base).name)}"
-    elif base:
-        where = _text(base)
+        classes, where = f"{classes}, GgufConfig", _text(str(Path(base).parent))
+        unpacked = "quantization_config=GgufConfig(dequantize=True)"
+        more = f", gguf_file={_text(Path(base).name)}, {unpacked}"
     return (
         "from peft import PeftModel\n"
-        "from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer\n"
+        f"from transformers import {classes}\n"
         "\n"
         f"adapter = {_text(str(run.path / 'adapter'))}\n"
         "config = AutoConfig.from_pretrained(adapter)  # the longer positions\n"

@@ -35,7 +35,9 @@ def training(run: Recorded) -> Content:
     if not loss and not held_out:
         why = f"none of the {lost} recorded losses is a number" if lost else "no step was recorded"
         return f"Loss curve: {why} in metrics.jsonl."
-    rates, every_step = _rates(run), [step for step, _ in loss + held_out + rate]
+    rates = _rates(run)
+    first_rate = next(iter(rates.values()), None)
+    every_step = [step for step, _ in loss + held_out + rate]
     x = step_axis("step", min(every_step), max(every_step))
     return {
         "chart": _loss_chart(x, loss, held_out),
@@ -47,8 +49,7 @@ def training(run: Recorded) -> Content:
             (step, dict(loss).get(step), dict(held_out).get(step), dict(rate).get(step))
             for step, _ in _some(loss or held_out)
         ],
-        "drawn_rate": next(iter(rates), None),
-        "other_rates": {_PARTS.get(name, name): value for name, value in list(rates.items())[1:]},
+        "other_rates": {_PARTS.get(name, name): value for name, value in rates.items() if value != first_rate},
     }
 
 
@@ -128,9 +129,12 @@ def trainable(run: Recorded) -> Content:
     rest = Share(f"frozen {wording.percent(frozen / total)}", "tone-1", frozen)
     named = f"trained {wording.percent(trained / total)}"
     description = f"{named}: {', '.join(f'{part.label} {wording.whole(part.value)}' for part in parts)}; {rest.label}"
+
+    def draw(width: int) -> str:
+        return share_chart(parts, named, rest, width=width, description=description)
+
     return {
-        "chart": frozen
-        and at_both_widths(lambda width: share_chart(parts, named, rest, width=width, description=description)),
+        "chart": at_both_widths(draw) if frozen else None,
         "rows": [(part, part.value / total, rates.get(name)) for part, name in zip(parts, counts, strict=True)],
         "total": total,
         "trained": trained,

@@ -70,13 +70,13 @@ def percent(share: float) -> str:
 
 
 def change(share: float) -> str:
-    """A relative difference without its sign: `0.0512` is '5.1%'; a large one as a multiple of what was before.
+    """The size of a relative difference.
 
-    >>> change(-0.0512), change(0.0004), change(3.2)
-    ('5.1%', '0.04%', '320%')
+    >>> [change(share) for share in (-0.0512, 0.0004, 0.09999, 3.2)]
+    ['5.1%', '0.04%', '10%', '320%']
     """
     value = abs(100 * share)
-    return f"{value:.1f}%" if 0.1 <= value < 10 else f"{value:,.0f}%" if value >= 10 else f"{value:.2f}%"
+    return f"{value:.2f}%" if value < 0.0995 else f"{value:.1f}%" if value < 9.95 else f"{value:,.0f}%"
 
 
 def duration(seconds: float) -> str:
@@ -88,8 +88,9 @@ def duration(seconds: float) -> str:
         return f"{1000 * seconds:.3g} ms"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    if seconds < 3599.5:
+        return f"{round(seconds) // 60} min {round(seconds) % 60} s"
+    return f"{round(seconds / 60) // 60} h {round(seconds / 60) % 60} min"
 
 
 def memory(count: float) -> str:
