@@ -44,7 +44,7 @@ def recipe(output: str, seed: int) -> ExtendSettings:
         trainable=TrainableSettings(train=("lora", "norm", "embed"), rank=8),
         corpus=CorpusSettings(data=("stdlib",)),
         training=TrainingSettings(
-            steps=40,
+            steps=30,
             batch=2,
             device_batch=1,
             lr=2e-3,
@@ -56,8 +56,16 @@ def recipe(output: str, seed: int) -> ExtendSettings:
             save_every=1000,
             seed=seed,
         ),
-        perplexity=PerplexitySettings(contexts=CONTEXTS, stride=256, max_documents=4, min_document_tokens=CONTEXT),
+        perplexity=PerplexitySettings(contexts=CONTEXTS, max_documents=3, min_document_tokens=CONTEXT),
     )
+
+
+def ways_to_measure(settings: ExtendSettings) -> list[PerplexitySettings]:
+    """Each context by itself, with windows that slide by half of it: an eighth of the work of sliding by 256."""
+    return [
+        replace(settings.perplexity, contexts=(context,), stride=context // 2)
+        for context in settings.perplexity.contexts
+    ]
 
 
 def paper_recipe(settings: ExtendSettings, output: str) -> ExtendSettings:
@@ -88,10 +96,11 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
         window = load_config("demo").max_position_embeddings
         model, tokenizer = load_for_training(ours)
         data = prepare_data(ours, tokenizer, model)
+        ways = ways_to_measure(ours)
         evaluation: dict[str, Any] = {}
 
         def note(name: str, label: str, measured: Any) -> None:
-            document = measure(run, name, label, measured, ours, data, ours.perplexity, order=len(evaluation))
+            document = measure(run, name, label, measured, ours, data, ways, order=len(evaluation))
             evaluation[name] = document
 
         note("base", f"base model, window {window}", model)

@@ -63,15 +63,15 @@ def extend(settings: ExtendSettings) -> dict[str, Any]:
         measured = _measured_contexts(settings, model, data)
         evaluation = {}
         if measured:
-            evaluation["base"] = measure(run, "base", "base model", model, settings, data, measured, 0)
+            evaluation["base"] = measure(run, "base", "base model", model, settings, data, [measured], 0)
         extension = extend_positions(model, settings.positions.context, settings.positions.method)
         if measured:
             label = f"{settings.positions.method}, not trained"
-            evaluation["untrained"] = measure(run, "untrained", label, model, settings, data, measured, 1)
+            evaluation["untrained"] = measure(run, "untrained", label, model, settings, data, [measured], 1)
 
         trained, summary = train_extension(model, tokenizer, settings, run, data, extension)
         if measured:
-            evaluation["trained"] = measure(run, "trained", "longlora", trained, settings, data, measured, 2)
+            evaluation["trained"] = measure(run, "trained", "longlora", trained, settings, data, [measured], 2)
         summary["evaluation"] = evaluation
         run.write_evaluation("summary", summary)
         write_report(run.path)
@@ -180,17 +180,26 @@ def measure(
     model: Any,
     settings: ExtendSettings,
     data: Data,
-    perplexities: PerplexitySettings,
+    ways: Sequence[PerplexitySettings],
     order: int,
 ) -> dict[str, Any]:
-    """Perplexity of `model` on the held-out documents, kept as `evaluation/perplexity-NAME.json` for a resumed run."""
+    """Perplexity of `model` on the held-out documents, kept as `evaluation/perplexity-NAME.json` for a resumed run.
+
+    Args:
+        ways: contexts with their stride; where there are several, each result says its own stride.
+        order: place of this line in tables and charts.
+    """
     file = f"perplexity-{name}"
     known = run.read_evaluation(file) if settings.training.resume else None
     if known:
         return known
     logger.info("perplexity of %s", label)
-    results = perplexity(model, data.held_out, perplexities)
-    document = {"label": label, "order": order, **perplexity_report(settings.model, data.name, perplexities, results)}
+    results = [result for way in ways for result in perplexity(model, data.held_out, way)]
+    document = {"label": label, "order": order, **perplexity_report(settings.model, data.name, ways[0], results)}
+    if len(ways) > 1:
+        strides = [way.stride for way in ways for _ in way.contexts]
+        document["stride"] = None
+        document["results"] = [r | {"stride": stride} for r, stride in zip(document["results"], strides, strict=True)]
     logger.info("  %s", "  ".join(f"{r.context:,}: {r.perplexity:.2f}" for r in results))
     run.write_evaluation(file, document)
     return document

@@ -117,7 +117,7 @@ class MetricsCallback(TrainerCallback):
         self.progress.show(state.global_step, f"step {state.global_step} of {state.max_steps}, loss {self.loss:.3f}")
 
     def on_save(self, args, state, control, model=None, **_):  # type: ignore[no-untyped-def]
-        """A checkpoint of an adapter gets the stretched config beside it, so that it loads as an adapter folder does."""
+        """A checkpoint gets the stretched config beside it, so that it loads as an adapter folder does."""
         if state.is_world_process_zero:
             unwrapped(model).config.save_pretrained(self.run.path / f"checkpoint-{state.global_step}")
 

@@ -47,7 +47,8 @@ def perplexity_table(documents: list[dict[str, Any]]) -> str:
         f"{r['context']:,}: {r['tokens']:,} tokens of {r['documents']} documents ({r['skipped_documents']} too short)"
         for r in documents[0]["results"]
     )
-    lines.append(f"{documents[0]['data']}, stride {documents[0]['stride']}, score {documents[0]['score']}; {scored}")
+    stride = documents[0]["stride"] or "/".join(f"{r['stride']:,}" for r in documents[0]["results"])
+    lines.append(f"{documents[0]['data']}, stride {stride}, score {documents[0]['score']}; {scored}")
     return "\n".join(lines)
 
 
