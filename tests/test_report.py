@@ -40,7 +40,7 @@ def perplexities(label: str, values: Any, contexts: Any = CONTEXTS, **more: Any)
 
 def whole_run() -> dict[str, Any]:
     """Every piece that a run can hold, by its path in the run directory."""
-    groups = {"lora": 98304, "norm": 3328, "embed": 1048576}
+    groups = {"embed": 1048576, "lora": 98304, "norm": 3328}
     trained = sum(groups.values())
     settings = {name: default for name, default in defaults() if default is not dataclasses.MISSING}
     settings |= {"model": "demo", "context": 4096, "lr": 4e-4, "embed_lr": 4e-5, "steps": 300, "data": ["stdlib"]}
@@ -218,7 +218,8 @@ def test_the_other_tables_hold_the_numbers_of_the_json(tmp_path):
 
     trained = table(page, "trainable")
     groups = summary["trainable"]["groups"]
-    assert [value(trained[name][0]) for name in ("LoRA", "norms", "embeddings")] == list(groups.values())
+    assert [value(trained[name][0]) for name in ("embeddings", "LoRA", "norms")] == list(groups.values())
+    assert "the first group’s; at the peak embeddings have 4e-5." in page.text  # which is LoRA's, as norms' is
     assert value(trained["frozen"][0]) == summary["trainable"]["parameters"] - sum(groups.values())
     assert trained["embeddings"][2].text == "4e-5"
 

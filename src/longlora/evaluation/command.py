@@ -43,12 +43,14 @@ def perplexity_table(documents: list[dict[str, Any]]) -> str:
         found = {result["context"]: result["perplexity"] for result in document["results"]}
         cells = (f"{found[context]:>10.2f}" if context in found else f"{'–':>10}" for context in contexts)
         lines.append(f"{name:<{width}}" + "".join(cells))
-    scored = "; ".join(
-        f"{r['context']:,}: {r['tokens']:,} tokens of {r['documents']} documents ({r['skipped_documents']} too short)"
-        for r in documents[0]["results"]
-    )
-    stride = documents[0]["stride"] or "/".join(f"{r['stride']:,}" for r in documents[0]["results"])
-    lines.append(f"{documents[0]['data']}, stride {stride}, score {documents[0]['score']}; {scored}")
+    results = documents[0]["results"]
+    stride = documents[0]["stride"] or "/".join(f"{r['stride']:,}" for r in results)
+    scored = {
+        f"{r['tokens']:,} tokens of {r['documents']} documents ({r['skipped_documents']} too short)": r["context"]
+        for r in results
+    }
+    said = "; ".join(text if len(scored) == 1 else f"{context:,}: {text}" for text, context in scored.items())
+    lines.append(f"{documents[0]['data']}, stride {stride}, score {documents[0]['score']}; {said}")
     return "\n".join(lines)
 
 

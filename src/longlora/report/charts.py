@@ -140,7 +140,7 @@ def share_chart(parts: Sequence[Share], trained: str, rest: Share, *, width: int
     cut = max(3.0, width * size / (size + rest.value))
     drawing.add("polygon", points=f"0,44 {cut:.1f},44 {width},80 0,80", class_="zoom")
     drawing.add("rect", x=0, y=18, width=cut, height=26, class_="ink-fill")
-    drawing.add("rect", note=rest.label, x=cut, y=18, width=max(width - cut, 0), height=26, class_="rest")
+    drawing.add("rect", note=rest.label, x=cut, y=18, width=max(width - cut, 0), height=26, class_=rest.tone)
     drawing.text(width, 12, rest.label, "end")
     drawing.text(0, 12, trained)
     start = 0.0

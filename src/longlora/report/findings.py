@@ -146,7 +146,7 @@ def _at_home(trained: PerplexityOf, home: Measured | None, far: Measured) -> lis
     if home is None or now is None or home.context == far.context or not drawable(now.perplexity):
         return []
     share = now.perplexity / home.perplexity - 1
-    how = "stayed the same" if abs(share) <= SAME else f"{'rose' if share > 0 else 'fell'} by {wording.change(share)}"
+    how = "hardly changed" if abs(share) <= SAME else f"{'rose' if share > 0 else 'fell'} by {wording.change(share)}"
     return [
         f"At the old window of {wording.whole(home.context)} tokens perplexity {how}, "
         f"from {_value(home)} to {_value(now)}."

@@ -21,10 +21,10 @@ def perplexity(run: Recorded) -> Content:
         return "Perplexity: nothing was measured in this run (longlora eval perplexity measures any model)."
     contexts = sorted({result.context for each in measured for result in each.results})
     tones = _tones(measured)
-    table = []
-    for each in measured:
-        cells = [each.at(context) for context in contexts]
-        table.append({"label": each.label, "tone": tones[each.name], "cells": cells, "file": f"{each.name}.json"})
+    table = [
+        {"label": each.label, "tone": tones[each.name], "cells": [each.at(context) for context in contexts]}
+        for each in measured
+    ]
     best = []
     for context in contexts:
         values = [result.perplexity for each in measured if (result := each.at(context))]

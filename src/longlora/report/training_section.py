@@ -9,7 +9,9 @@ from longlora.report.axes import Axis, drawable, linear_axis, measured_axis, ste
 from longlora.report.charts import Bar, Bars, Line, Point, Share, at_both_widths, bar_chart, line_chart, share_chart
 from longlora.report.reading import Content, Recorded, at, number, rows, whole
 
-_PARTS = {"lora": "LoRA", "norm": "norms", "embed": "embeddings", "full": "weights", "bias": "biases"}
+_PARTS = {"lora": "LoRA", "full": "weights", "norm": "norms", "embed": "embeddings", "bias": "biases"}
+"""Groups of parameters and their names here, in the order of the optimiser: metrics.jsonl has the first one's rate."""
+
 _MOST_POINTS = 400
 
 Recording = tuple[int, float]
@@ -107,16 +109,21 @@ def _rates(run: Recorded) -> dict[str, float]:
     """Peak learning rate of each group that trained, the first of them the one that metrics.jsonl follows."""
     general = number(run.settings.get("lr"))
     own = {"norm": number(run.settings.get("norm_lr")), "embed": number(run.settings.get("embed_lr"))}
-    groups = at(run.summary, "trainable", "groups")
-    found = {name: own.get(name) or general for name in groups} if isinstance(groups, dict) else {}
+    found = {name: own.get(name) or general for name in _groups(run)}
     return {name: rate for name, rate in found.items() if rate}
+
+
+def _groups(run: Recorded) -> dict[str, int]:
+    """Parameters of each group that trained, in the optimiser's order."""
+    groups = at(run.summary, "trainable", "groups")
+    counts = {name: whole(value) for name, value in groups.items()} if isinstance(groups, dict) else {}
+    order = [*_PARTS, *counts]
+    return {name: count for name, count in sorted(counts.items(), key=lambda item: order.index(item[0])) if count}
 
 
 def trainable(run: Recorded) -> Content:
     """Trained parameters by group, beside those that stayed."""
-    groups = at(run.summary, "trainable", "groups")
-    groups = groups if isinstance(groups, dict) else {}
-    counts = {name: count for name, value in groups.items() if (count := whole(value))}
+    counts = _groups(run)
     total, trained = run.whole("trainable", "parameters"), sum(counts.values())
     if not counts or not total or trained > total:
         return "What trained: the run has no summary of its parameters."
@@ -126,7 +133,7 @@ def trainable(run: Recorded) -> Content:
         Share(_PARTS.get(name, name), f"tone-{(0, 2, 3, 4, 5)[index % 5]}", count)
         for index, (name, count) in enumerate(counts.items())
     ]
-    rest = Share(f"frozen {wording.percent(frozen / total)}", "tone-1", frozen)
+    rest = Share(f"frozen {wording.percent(frozen / total)}", "rest", frozen)
     named = f"trained {wording.percent(trained / total)}"
     description = f"{named}: {', '.join(f'{part.label} {wording.whole(part.value)}' for part in parts)}; {rest.label}"
 
