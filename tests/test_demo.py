@@ -47,7 +47,7 @@ def test_the_demo_leaves_a_run_with_every_line_of_the_table(small_demo, capsys):
     assert "longlora extend YOUR_MODEL" in story
     assert "report.html" in story
     summary = json.loads((small_demo / "evaluation" / "summary.json").read_text())
-    assert list(summary["evaluation"]) == ["base", "linear-untrained", "yarn-untrained", "paper", "trained"]
+    assert list(summary["evaluation"]) == ["base", "untrained-linear", "untrained-yarn", "paper", "trained"]
     for document in summary["evaluation"].values():
         assert [result["context"] for result in document["results"]] == [512, 4096]
         assert [result["stride"] for result in document["results"]] == [256, 2048]

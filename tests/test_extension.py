@@ -349,3 +349,15 @@ def test_a_model_that_cannot_be_served_is_refused_before_any_work(documents, tmp
     tiny_tokenizer().save_pretrained(folder)
     failing(command(folder, documents, tmp_path / "run"), capsys)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(base_folder, documents, tmp_path):
+    options = {"batch": 4, "steps": 3}
+    main(command(base_folder, documents, tmp_path / "one", **options))
+    words = command(base_folder, documents, tmp_path / "two", **options)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "longlora"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([*launch, *words], check=True, capture_output=True, env=environment, timeout=300)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert len(RunDirectory(tmp_path / "two").read_metrics()) == 3

@@ -36,7 +36,13 @@ def _perplexity(settings: s.EvaluatePerplexitySettings) -> Result:
 def _merge(settings: s.MergeSettings) -> Result:
     from longlora.merging import merge
 
-    return merge(settings.model, settings.output, dtype=settings.dtype)
+    result = merge(settings.model, settings.output, dtype=settings.dtype)
+    if not settings.json:
+        print(
+            f"{result['output']}: {result['parameters']:,} parameters in {result['dtype']}, "
+            f"window {result['context']:,} tokens; any Hugging Face tool loads it."
+        )
+    return result
 
 
 def _bench_attention(settings: s.BenchAttentionSettings) -> Result:
@@ -54,7 +60,10 @@ def _demo(settings: s.DemoSettings) -> Result:
 def _report(settings: s.ReportSettings) -> Result:
     from longlora.report.page import write_report
 
-    return {"report": str(write_report(settings.model))}
+    page = write_report(settings.model)
+    if not settings.json:
+        print(page)
+    return {"report": str(page)}
 
 
 COMMANDS: dict[str, tuple[type[s.CommandSettings], Callable[[Any], Result]]] = {
@@ -210,6 +219,8 @@ def _quiet_libraries() -> None:
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # PEFT looks for a vocabulary change beside a base that is a .gguf file; this package never changes one
+    warnings.filterwarnings("ignore", message="Could not find a config file in .*gguf")
 
 
 def _fail(sentence: str, status: int) -> None:

@@ -107,7 +107,7 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
         for method, label in (("linear", "base + PI, not trained"), ("yarn", "base + YaRN, not trained")):
             stretched, _ = load_for_training(ours)
             extend_positions(stretched, CONTEXT, method)
-            note(f"{method}-untrained", label, stretched)
+            note(f"untrained-{method}", label, stretched)
 
         papers = paper_recipe(ours, str(run.path / "paper-recipe"))
         paper_run = RunDirectory(papers.output)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -20,6 +19,7 @@ from longlora.corpus.holding_out import held_out_documents
 from longlora.corpus.packing import PackedRows, describe, pack
 from longlora.corpus.tokens import tokenize_corpus
 from longlora.errors import UserError
+from longlora.evaluation.command import perplexity_table
 from longlora.evaluation.perplexity import default_contexts, perplexity, perplexity_report
 from longlora.models import load, load_config
 from longlora.positions import PositionExtension, extend_positions, present_context
@@ -38,7 +38,7 @@ class Data:
     rows: PackedRows
     held_out: Sequence[np.ndarray]
     """Token ids (n,) of each document."""
-    name: str
+    held_out_name: str
 
 
 def extend(settings: ExtendSettings) -> dict[str, Any]:
@@ -74,8 +74,10 @@ def extend(settings: ExtendSettings) -> dict[str, Any]:
             evaluation["trained"] = measure(run, "trained", "longlora", trained, settings, data, [measured], 2)
         summary["evaluation"] = evaluation
         run.write_evaluation("summary", summary)
-        write_report(run.path)
-    logger.info("done: %s", run.path)
+        if run.writes:
+            write_report(run.path)
+    if run.writes and not settings.json:
+        print(_story(summary))
     return summary
 
 
@@ -121,7 +123,7 @@ def train_extension(
         "attention": asdict(settings.attention) | {"group_size": settings.attention.tokens_per_group(context)},
         "trainable": trainable,
         "training": trained,
-        "data": {"name": data.name, **describe(data.rows)},
+        "data": {"name": ", ".join(settings.corpus.data), **describe(data.rows)},
     }
 
 
@@ -195,7 +197,11 @@ def measure(
         return known
     logger.info("perplexity of %s", label)
     results = [result for way in ways for result in perplexity(model, data.held_out, way)]
-    document = {"label": label, "order": order, **perplexity_report(settings.model, data.name, ways[0], results)}
+    document = {
+        "label": label,
+        "order": order,
+        **perplexity_report(settings.model, data.held_out_name, ways[0], results),
+    }
     if len(ways) > 1:
         strides = [way.stride for way in ways for _ in way.contexts]
         document["stride"] = None
@@ -208,6 +214,8 @@ def measure(
 def save_result(model: Any, tokenizer: PreTrainedTokenizerBase, run: RunDirectory, context: int) -> None:
     """Save `adapter/` (or `model/` after full training) in one step, with the tokenizer set to the new window."""
     tokenizer.model_max_length = context
+    if not run.writes:
+        return
     full = isinstance(model, PreTrainedModel)
     target = run.model if full else run.adapter
     beside = run.path / f".{target.name}.{os.getpid()}"
@@ -222,6 +230,19 @@ def save_result(model: Any, tokenizer: PreTrainedTokenizerBase, run: RunDirector
         beside.replace(target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _story(summary: dict[str, Any]) -> str:
+    """What came of it, for a person at a terminal."""
+    lines = [perplexity_table(list(summary["evaluation"].values()))] if summary["evaluation"] else []
+    result = "model" if "full" in summary["trainable"]["groups"] else "adapter"
+    lines += [
+        f"result  {summary['output']}/{result}",
+        f"report  {summary['output']}/report.html",
+    ]
+    if result == "adapter":
+        lines.append(f"merge   longlora merge {summary['output']} --output FOLDER")
+    return "\n".join(lines)
 
 
 def _refuse_early(settings: ExtendSettings) -> None:
@@ -249,12 +270,11 @@ def _refuse_early(settings: ExtendSettings) -> None:
 
 
 def load_for_training(settings: ExtendSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     loading = settings.loading
     model, tokenizer = load(
         settings.model,
         dtype=settings.training.dtype,
-        device=device,
+        device="auto",
         trust_remote_code=loading.trust_remote_code,
         revision=loading.revision,
         merge=True,

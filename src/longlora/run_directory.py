@@ -33,10 +33,14 @@ _VERSIONED = ("longlora", "torch", "transformers", "peft", "accelerate", "safete
 
 
 class RunDirectory:
-    """The files of one run under `path`."""
+    """The files of one run under `path`.
+
+    Of several processes that train together only the first writes (`writes`, from torchrun's and Accelerate's RANK).
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.writes = int(os.environ.get("RANK", "0")) == 0
         self.settings_file = self.path / "settings.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
         self.evaluation = self.path / "evaluation"
@@ -51,6 +55,9 @@ class RunDirectory:
         Raises:
             UserError: another process holds it, or the folder cannot be written.
         """
+        if not self.writes:
+            yield
+            return
         created = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -79,6 +86,8 @@ class RunDirectory:
         Raises:
             UserError: the folder holds something and `resume` is off, or the settings differ from the run's.
         """
+        if not self.writes:
+            return
         if self.settings_file.exists():
             before = self.read_settings()
             if not resume:
@@ -101,7 +110,7 @@ class RunDirectory:
             "versions": versions(),
             "commit": _commit(),
         }
-        _write_whole(self.settings_file, yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
+        write_whole(self.settings_file, yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 
     def read_settings(self) -> dict[str, Any]:
         """The recorded settings.
@@ -130,6 +139,7 @@ class RunDirectory:
             shutil.rmtree(folder)
 
     def record_metrics(self, record: Mapping[str, Any]) -> None:
+        """Append one line to `metrics.jsonl`."""
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -137,7 +147,7 @@ class RunDirectory:
         """Drop metrics of steps a killed run had done beyond the checkpoint it goes on from."""
         if self.metrics_file.exists():
             kept = [record for record in self.read_metrics() if record["step"] <= step]
-            _write_whole(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
+            write_whole(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The logged steps in order; a last line that a kill cut short is left out."""
@@ -151,8 +161,11 @@ class RunDirectory:
         return records
 
     def write_evaluation(self, name: str, document: Mapping[str, Any]) -> None:
+        """Keep one measurement as `evaluation/NAME.json`."""
+        if not self.writes:
+            return
         self.evaluation.mkdir(exist_ok=True)
-        _write_whole(self.evaluation / f"{name}.json", json.dumps(document, indent=1) + "\n")
+        write_whole(self.evaluation / f"{name}.json", json.dumps(document, indent=1) + "\n")
 
     def read_evaluation(self, name: str) -> dict[str, Any] | None:
         file = self.evaluation / f"{name}.json"
@@ -185,11 +198,11 @@ def _plain(value: Any) -> Any:
     return [_plain(part) for part in value] if isinstance(value, tuple | list) else value
 
 
-def _write_whole(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str) -> None:
     """Replace `file` in one step, so that a reader or a kill never meets half of it."""
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(text, encoding="utf-8", errors="replace")
         beside.replace(file)
     finally:
         beside.unlink(missing_ok=True)

@@ -114,7 +114,8 @@ class MetricsCallback(TrainerCallback):
         self.run.record_metrics(record)
 
     def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
-        self.progress.show(state.global_step, f"step {state.global_step} of {state.max_steps}, loss {self.loss:.3f}")
+        loss = f", loss {self.loss:.3f}" if math.isfinite(self.loss) else ""  # the first is logged after its step
+        self.progress.show(state.global_step, f"step {state.global_step} of {state.max_steps}{loss}")
 
     def on_save(self, args, state, control, model=None, **_):  # type: ignore[no-untyped-def]
         """A checkpoint gets the stretched config beside it, so that it loads as an adapter folder does."""

@@ -2,10 +2,9 @@
 
 import gc
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from longlora.corpus.tokens import tokenize_corpus
 from longlora.errors import UserError
@@ -45,21 +44,25 @@ def perplexity_table(documents: list[dict[str, Any]]) -> str:
         lines.append(f"{name:<{width}}" + "".join(cells))
     results = documents[0]["results"]
     stride = documents[0]["stride"] or "/".join(f"{r['stride']:,}" for r in results)
-    scored = {
-        f"{r['tokens']:,} tokens of {r['documents']} documents ({r['skipped_documents']} too short)": r["context"]
-        for r in results
-    }
-    said = "; ".join(text if len(scored) == 1 else f"{context:,}: {text}" for text, context in scored.items())
-    lines.append(f"{documents[0]['data']}, stride {stride}, score {documents[0]['score']}; {said}")
+    tokens, counts, skipped = (_range(r[key] for r in results) for key in ("tokens", "documents", "skipped_documents"))
+    lines.append(
+        f"{documents[0]['data']}; stride {stride}, score {documents[0]['score']}; "
+        f"{tokens} tokens of {counts} documents, {skipped} too short"
+    )
     return "\n".join(lines)
 
 
+def _range(numbers: Iterable[int]) -> str:
+    """`7`, or `5 to 9` where they differ."""
+    found = sorted(set(numbers))
+    return " to ".join(f"{number:,}" for number in dict.fromkeys((found[0], found[-1])))
+
+
 def _evaluate(name: str, settings: EvaluatePerplexitySettings) -> dict[str, Any]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load(
         name,
         dtype=settings.dtype,
-        device=device,
+        device="auto",
         trust_remote_code=settings.loading.trust_remote_code,
         revision=settings.loading.revision,
     )

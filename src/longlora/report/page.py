@@ -1,6 +1,5 @@
 """report.html: what a run directory holds, drawn on one self-contained page."""
 
-import os
 import re
 from functools import cache
 from pathlib import Path
@@ -12,7 +11,7 @@ from longlora.report import wording
 from longlora.report.findings import finding, what_was_done
 from longlora.report.reading import read_run
 from longlora.report.sections import SECTIONS
-from longlora.run_directory import RunDirectory
+from longlora.run_directory import RunDirectory, write_whole
 
 _NOT_HTML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 """Characters that a page cannot hold."""
@@ -28,14 +27,10 @@ def write_report(run: str | Path) -> Path:
     """
     target = RunDirectory(run).report
     text = render(run)
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(target)
+        write_whole(target, text)
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror}): make room there, or allow writing.") from error
-    finally:
-        beside.unlink(missing_ok=True)
     return target
 
 
