@@ -1,11 +1,11 @@
 """Pretrain the small Llama that the package ships as `demo`, from nothing but the standard library's source.
 
-    python scripts/pretrain_demo_model.py --output build/demo-model --steps 3000
+    python scripts/pretrain_demo_model.py --output build/demo-model --compile
 
-One resumable run: stopped at any point, the same command goes on from the last checkpoint (a larger `--steps`
-is allowed while the learning rate is still on its plateau). The modules held out by
-`longlora.corpus.standard_library` are never seen. The result is a plain Hugging Face folder in bfloat16;
-copy it to `src/longlora/assets/demo_model/`.
+The defaults are those of the shipped weights. One resumable run: stopped at any point, the same command goes on from
+the last checkpoint (a larger `--steps` is allowed while the learning rate is still on its plateau). The modules held
+out by `longlora.corpus.standard_library` are never seen. The result is a plain Hugging Face folder in bfloat16; copy it
+to `src/longlora/assets/demo_model/`.
 
 The schedule is warm-up, plateau, linear decay to zero. Hidden matrices are trained with Muon
 (Jordan et al., 2024; Liu et al., arXiv 2502.16982 for the step scale), embeddings and norms with AdamW.
@@ -110,7 +110,7 @@ def held_out_loss(model: torch.nn.Module, documents: list[list[int]], window: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the run and of its result")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1350)
     parser.add_argument("--rows", type=int, default=16, help="sequences a step")
     parser.add_argument("--window", type=int, default=512, help="tokens a sequence")
     parser.add_argument("--vocabulary", type=int, default=4096)
@@ -118,8 +118,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--feed-forward", type=int, default=704)
-    parser.add_argument("--lr", type=float, default=4e-3, help="peak rate of Muon (scaled to AdamW's update size)")
-    parser.add_argument("--embedding-lr", type=float, default=4e-3, help="peak rate of AdamW")
+    parser.add_argument("--lr", type=float, default=6e-3, help="peak rate of Muon (scaled to AdamW's update size)")
+    parser.add_argument("--embedding-lr", type=float, default=6e-3, help="peak rate of AdamW")
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--decay-share", type=float, default=0.3)
     parser.add_argument("--seed", type=int, default=0)

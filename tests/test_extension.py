@@ -361,3 +361,23 @@ def test_two_processes_train_as_one(base_folder, documents, tmp_path):
     subprocess.run([*launch, *words], check=True, capture_output=True, env=environment, timeout=300)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert len(RunDirectory(tmp_path / "two").read_metrics()) == 3
+
+
+def test_held_out_perplexity_is_measured_while_training(base_folder, documents, tmp_path):
+    run = tmp_path / "run"
+    main(command(base_folder, documents, run, evaluate_every=2))
+    measured = [record for record in RunDirectory(run).read_metrics() if "eval_loss" in record]
+    assert [record["step"] for record in measured] == [2, 4]
+    assert measured[1]["eval_perplexity"] < measured[0]["eval_perplexity"]
+
+
+def test_running_out_of_memory_is_a_sentence(base_folder, documents, tmp_path, capsys, monkeypatch):
+    import longlora.extension as extension
+
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(extension, "train", exhausted)
+    error = failing(command(base_folder, documents, tmp_path / "run"), capsys)
+    assert "out of memory (CUDA out of memory)" in error
+    assert "lower --device-batch" in error

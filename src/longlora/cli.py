@@ -80,6 +80,7 @@ COMMANDS: dict[str, tuple[type[s.CommandSettings], Callable[[Any], Result]]] = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; the exit status is 2 for a mistake of the user's, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    name = ""
     try:
         name, settings = parse(argv)
         _quiet_libraries()
@@ -92,9 +93,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         if error.errno != errno.ENOSPC:
             raise
         where = f" while writing {error.filename}" if error.filename else ""
-        _fail(f"the disk is full{where}: free some space, then give the same command with --resume.", 2)
+        again = " with --resume" if name == "extend" else ""
+        _fail(f"the disk is full{where}: free some space, then give the same command again{again}.", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        _fail(
+            f"out of memory ({str(error).partition('. ')[0] or 'the process'}): lower --device-batch, --context, "
+            "--evaluation-batch or --loss-chunk, or keep --gradient-checkpointing on.",
+            2,
+        )
     except KeyboardInterrupt:
-        _fail("stopped. Training goes on from its last checkpoint with --resume.", 130)
+        _fail("stopped." + (" Give the same command with --resume to go on." if name == "extend" else ""), 130)
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Any]:
