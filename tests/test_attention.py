@@ -84,8 +84,13 @@ def test_no_output_depends_on_a_later_token(pattern, length):
             assert gradient[:, :, token + 1 :].abs().max() == 0 if token + 1 < length else True
 
 
-def test_cyclic_leaks_as_the_original_does():
+def test_cyclic_leaks_as_the_original_does_and_says_so(caplog):
     q, k, v = random_qkv((1, 2, 2, 16, 4), seed=0)
+    with caplog.at_level("WARNING", logger="longlora"):
+        shifted_attention(q, k, v, 8)
+        assert not caplog.records
+        shifted_attention(q, k, v, 8, pattern="cyclic")
+    assert "lets the first tokens of a row see the last ones" in caplog.text
     gradient = torch.autograd.grad(shifted_attention(q, k, v, 8, pattern="cyclic")[:, 1, 0].sum(), v)[0]
     assert gradient[0, 1, 12:].abs().min() > 0
 

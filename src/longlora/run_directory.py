@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -132,11 +131,6 @@ class RunDirectory:
         """The newest checkpoint that was written whole (the Trainer writes its state last), or None."""
         whole = [folder for folder in self.path.glob("checkpoint-*") if (folder / "trainer_state.json").exists()]
         return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
-
-    def remove_checkpoints(self) -> None:
-        """Delete every checkpoint; the run's result is saved."""
-        for folder in self.path.glob("checkpoint-*"):
-            shutil.rmtree(folder)
 
     def record_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""

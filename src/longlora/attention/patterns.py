@@ -12,6 +12,7 @@ earlier tokens of its own block. With `G` the group size and `s = G // 2`:
 A document of at most G tokens is one block in every head.
 """
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,17 @@ import torch
 
 from longlora.errors import UserError, check_choice
 from longlora.settings import PATTERNS
+
+logger = logging.getLogger(__name__)
+
+
+def warn_of_leak(pattern: str) -> None:
+    """Say in the log what is wrong with `cyclic`, which is kept for comparison with the original code."""
+    if pattern == "cyclic":
+        logger.warning(
+            "pattern 'cyclic' (Algorithm 1 to the letter) lets the first tokens of a row see the last ones, so its "
+            "training loss is too good to be true; 'shift' is the same cost without the leak."
+        )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from torch import Tensor
 from longlora.attention.block_attention import block_attention
 from longlora.attention.kernels import eager_kernel, sdpa_kernel
 from longlora.attention.layout import Documents, documents_from_segments, plan
+from longlora.attention.patterns import warn_of_leak
 from longlora.errors import UserError, check_choice
 
 BACKENDS = ("auto", "sdpa", "eager")
@@ -45,6 +46,7 @@ def shifted_attention(
         UserError: shapes that do not fit each other, a group below 2, an unknown pattern or backend.
     """
     check_choice("backend", backend, BACKENDS)
+    warn_of_leak(pattern)
     _check_shapes(query, key, value, group_size)
     rows, _, length, _ = query.shape
     if segment_ids is None:

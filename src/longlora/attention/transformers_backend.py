@@ -17,6 +17,7 @@ from longlora.attention.block_attention import block_attention
 from longlora.attention.kernels import eager_kernel, sdpa_kernel
 from longlora.attention.layout import Documents, documents_from_model_inputs, plan
 from longlora.attention.local_attention import local_attention
+from longlora.attention.patterns import warn_of_leak
 from longlora.errors import UserError, check_choice
 from longlora.positions import present_context
 from longlora.settings import PATTERNS
@@ -81,6 +82,7 @@ def use_shifted_attention(
             unknown pattern.
     """
     check_choice("pattern", pattern, PATTERNS)
+    warn_of_leak(pattern)
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     if not models:
         raise UserError(f"{type(model).__name__} is not a transformers model: S2-Attn needs a PreTrainedModel.")
