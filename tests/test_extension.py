@@ -219,6 +219,8 @@ def failing(words, capsys):
         ({"data": None}, "--data is missing"),
         ({"batch": 3, "device_batch": 2}, "--batch is 3: it must be a multiple"),
         ({"steps": 0}, "--steps is 0"),
+        ({"stride": 128, "contexts": "64,256"}, "--stride is 128"),
+        ({"train": "lora", "norm_lr": "1e-3"}, "--norm-lr is 0.001 but 'norm' does not train"),
         ({"report_to": "tensorbord"}, "--report-to names 'tensorbord', which is not installed here"),
         ({"lr": "fast"}, "fast"),
     ],
@@ -315,6 +317,7 @@ def test_a_full_disk_is_a_sentence_and_resumes(base_folder, documents, tmp_path,
 def test_a_diverging_loss_is_said_to_be_one(base_folder, documents, tmp_path, capsys):
     words = command(base_folder, documents, tmp_path / "run", lr="1e30", train="full", max_grad_norm=0, steps=20)
     assert "lower --lr" in failing(words, capsys)
+    assert not (tmp_path / "run" / "settings.yaml").exists() or RunDirectory(tmp_path / "run").last_checkpoint()
 
 
 def test_full_attention_comes_last_and_also_after_a_resume(base_folder, documents, tmp_path, monkeypatch):
@@ -369,6 +372,15 @@ def test_held_out_perplexity_is_measured_while_training(base_folder, documents, 
     measured = [record for record in RunDirectory(run).read_metrics() if "eval_loss" in record]
     assert [record["step"] for record in measured] == [2, 4]
     assert measured[1]["eval_perplexity"] < measured[0]["eval_perplexity"]
+
+
+def test_more_steps_on_resume_are_measured_anew(base_folder, documents, tmp_path, capsys):
+    run = tmp_path / "run"
+    main(command(base_folder, documents, run, steps=1))
+    first = RunDirectory(run).read_evaluation("perplexity-trained")
+    main([*command(base_folder, documents, run, steps=6), "--resume"])
+    second = RunDirectory(run).read_evaluation("perplexity-trained")
+    assert second["results"][-1]["perplexity"] < first["results"][-1]["perplexity"]
 
 
 def test_running_out_of_memory_is_a_sentence(base_folder, documents, tmp_path, capsys, monkeypatch):

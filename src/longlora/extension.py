@@ -53,13 +53,12 @@ def extend(settings: ExtendSettings) -> dict[str, Any]:
     """
     _refuse_early(settings)
     run = RunDirectory(settings.output)
-    with run.locked():
-        with _nothing_left_behind(run):
-            run.begin("extend", flat(settings), settings.training.resume)
-            model, tokenizer = load_for_training(settings)
-            # here already, so that a model that cannot be served is refused before hours of work
-            use_shifted_attention(model, settings.attention.tokens_per_group(settings.positions.context))
-            data = prepare_data(settings, tokenizer, model)
+    with run.locked(), _nothing_left_behind(run):
+        run.begin("extend", flat(settings), settings.training.resume)
+        model, tokenizer = load_for_training(settings)
+        # here already, so that a model that cannot be served is refused before hours of work
+        use_shifted_attention(model, settings.attention.tokens_per_group(settings.positions.context))
+        data = prepare_data(settings, tokenizer, model)
         measured = _measured_contexts(settings, model, data)
         evaluation = {}
         if measured:
@@ -192,7 +191,8 @@ def measure(
         order: place of this line in tables and charts.
     """
     file = f"perplexity-{name}"
-    known = run.read_evaluation(file) if settings.training.resume else None
+    # what training changes is measured anew: a resumed run may have been given more steps
+    known = run.read_evaluation(file) if settings.training.resume and name != "trained" else None
     if known:
         return known
     logger.info("perplexity of %s", label)
@@ -303,13 +303,15 @@ def _measured_contexts(settings: ExtendSettings, model: PreTrainedModel, data: D
 
 @contextmanager
 def _nothing_left_behind(run: RunDirectory) -> Iterator[None]:
-    """A mistake found before training leaves no run directory where there was none."""
+    """A mistake met before the first checkpoint leaves nothing, so that the mended command can use the same folder."""
     existed = run.settings_file.exists()
     try:
         yield
     except UserError:
-        if not existed:
+        if run.writes and not existed and run.last_checkpoint() is None:
             run.settings_file.unlink(missing_ok=True)
+            run.metrics_file.unlink(missing_ok=True)
+            shutil.rmtree(run.evaluation, ignore_errors=True)
         raise
 
 

@@ -80,7 +80,7 @@ class MetricsCallback(TrainerCallback):
 
     def __init__(self, run: RunDirectory, tokens_per_step: int):
         self.run, self.tokens_per_step = run, tokens_per_step
-        self.began = self.step_began = 0.0
+        self.began = 0.0
         self.first_step = 0
         self.loss = math.nan
 
