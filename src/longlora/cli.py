@@ -5,11 +5,13 @@ Commands and recipes are made from the dataclasses of `longlora.settings`; heavy
 
 import dataclasses
 import errno
+import importlib
+import importlib.metadata
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tyro
@@ -18,63 +20,15 @@ import yaml
 from longlora import settings as s
 from longlora.errors import UserError, nearest
 
-Result = dict[str, Any]
-
-
-def _extend(settings: s.ExtendSettings) -> Result:
-    from longlora.extension import extend
-
-    return extend(settings)
-
-
-def _perplexity(settings: s.EvaluatePerplexitySettings) -> Result:
-    from longlora.evaluation.command import evaluate_perplexity
-
-    return evaluate_perplexity(settings)
-
-
-def _merge(settings: s.MergeSettings) -> Result:
-    from longlora.merging import merge
-
-    result = merge(settings.model, settings.output, dtype=settings.dtype)
-    if not settings.json:
-        print(
-            f"{result['output']}: {result['parameters']:,} parameters in {result['dtype']}, "
-            f"window {result['context']:,} tokens; any Hugging Face tool loads it."
-        )
-    return result
-
-
-def _bench_attention(settings: s.BenchAttentionSettings) -> Result:
-    from longlora.bench import bench_attention
-
-    return bench_attention(settings)
-
-
-def _demo(settings: s.DemoSettings) -> Result:
-    from longlora.demo import demo
-
-    return demo(settings)
-
-
-def _report(settings: s.ReportSettings) -> Result:
-    from longlora.report.page import write_report
-
-    page = write_report(settings.model)
-    if not settings.json:
-        print(page)
-    return {"report": str(page)}
-
-
-COMMANDS: dict[str, tuple[type[s.CommandSettings], Callable[[Any], Result]]] = {
-    "extend": (s.ExtendSettings, _extend),
-    "eval perplexity": (s.EvaluatePerplexitySettings, _perplexity),
-    "merge": (s.MergeSettings, _merge),
-    "report": (s.ReportSettings, _report),
-    "demo": (s.DemoSettings, _demo),
-    "bench attention": (s.BenchAttentionSettings, _bench_attention),
+COMMANDS: dict[str, tuple[type[s.CommandSettings], str]] = {
+    "extend": (s.ExtendSettings, "longlora.extension:extend"),
+    "eval perplexity": (s.EvaluatePerplexitySettings, "longlora.evaluation.command:evaluate_perplexity"),
+    "merge": (s.MergeSettings, "longlora.merging:merge_run"),
+    "report": (s.ReportSettings, "longlora.report.page:report_run"),
+    "demo": (s.DemoSettings, "longlora.demo:demo"),
+    "bench attention": (s.BenchAttentionSettings, "longlora.bench:bench_attention"),
 }
-"""Command words -> the dataclass they are parsed into and the function that runs it."""
+"""Command words -> the dataclass they are parsed into, and `module:function` that runs it and returns its JSON."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -84,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         name, settings = parse(argv)
         _quiet_libraries()
-        result = COMMANDS[name][1](settings)
+        module, _, function = COMMANDS[name][1].partition(":")
+        result = getattr(importlib.import_module(module), function)(settings)
         if settings.json:
             print(json.dumps(result))
     except UserError as error:
@@ -134,8 +89,6 @@ def _command(argv: list[str]) -> tuple[str, list[str]]:
         print(_overview())
         raise SystemExit(0 if argv else 2)
     if argv[0] == "--version":
-        import importlib.metadata
-
         print(f"longlora {importlib.metadata.version('longlora')}")
         raise SystemExit(0)
     group = [name for name in COMMANDS if name.startswith(argv[0] + " ")]

@@ -18,6 +18,18 @@ from transformers import GenerationConfig, PreTrainedModel
 from longlora.errors import UserError
 from longlora.model_source import ModelSource, base_of, first_line, locate
 from longlora.models import load, load_config, quiet, window
+from longlora.settings import MergeSettings
+
+
+def merge_run(settings: MergeSettings) -> dict[str, Any]:
+    """Run `longlora merge`; what it returns and raises is `merge`'s."""
+    result = merge(settings.model, settings.output, dtype=settings.dtype)
+    if not settings.json:
+        print(
+            f"{result['output']}: {result['parameters']:,} parameters in {result['dtype']}, "
+            f"window {result['context']:,} tokens; any Hugging Face tool loads it."
+        )
+    return result
 
 
 def merge(model: str, output: str | Path, *, dtype: str = "auto", trust_remote_code: bool = False) -> dict[str, Any]:

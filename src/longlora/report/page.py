@@ -3,6 +3,7 @@
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -12,6 +13,7 @@ from longlora.report.findings import finding, what_was_done
 from longlora.report.reading import read_run
 from longlora.report.sections import SECTIONS
 from longlora.run_directory import RunDirectory, write_whole
+from longlora.settings import ReportSettings
 
 _NOT_HTML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 """Characters that a page cannot hold."""
@@ -32,6 +34,14 @@ def write_report(run: str | Path) -> Path:
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror}): make room there, or allow writing.") from error
     return target
+
+
+def report_run(settings: ReportSettings) -> dict[str, Any]:
+    """Run `longlora report`: `{"report": path of the page}`. Raises as `write_report`."""
+    page = write_report(settings.model)
+    if not settings.json:
+        print(page)
+    return {"report": str(page)}
 
 
 def render(run: str | Path) -> str:

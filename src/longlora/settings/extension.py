@@ -1,0 +1,176 @@
+"""Knobs of `longlora extend`, `merge` and `demo`. "Paper" is LongLoRA, arXiv 2309.12307."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from longlora.errors import UserError, check_choice
+from longlora.settings.evaluation import PerplexitySettings
+from longlora.settings.fields import DTYPES, CommandSettings, LoadSettings, Names, at_least, choice
+from longlora.settings.model import AttentionSettings, CorpusSettings, PositionSettings
+
+TRAINABLE = ("lora", "norm", "embed", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainableSettings:
+    """What trains: LoRA plus norm and embedding layers by default (paper section 3.3, table 3)."""
+
+    train: Names = ("lora", "norm", "embed")
+    """Parts that train: any of lora, norm, embed together, or full for every weight."""
+
+    rank: int = 8
+    """LoRA rank (paper section 4.1)."""
+
+    alpha: float = 16.0
+    """LoRA alpha; the update is scaled by alpha / rank (the original code's 16)."""
+
+    lora_dropout: float = 0.0
+    """Dropout before the LoRA matrices, a share from 0 to 1."""
+
+    def __post_init__(self) -> None:
+        for name in self.train:
+            check_choice("--train part", name, TRAINABLE)
+        if not self.train or ("full" in self.train and len(self.train) > 1):
+            raise UserError(
+                f"--train is '{','.join(self.train)}': give any of lora, norm, embed together, or full alone."
+            )
+        at_least("rank", self.rank, 1)
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora-dropout is {self.lora_dropout}: it must be from 0 up to, not including, 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """Optimisation, by default the paper's recipe (section 4.1 and appendix B.2)."""
+
+    steps: int = 1000
+    """Optimiser steps (paper section 4.1)."""
+
+    batch: int = 64
+    """Rows of `context` tokens an optimiser step, over all devices (paper section 4.1: global batch 64)."""
+
+    device_batch: int = 1
+    """Rows a device holds at a time; gradients accumulate up to `batch`."""
+
+    lr: float = 2e-5
+    """Peak learning rate of LoRA, or of every weight with `--train full` (paper section 4.1)."""
+
+    norm_lr: float | None = None
+    """Peak learning rate of norm layers; default `lr`."""
+
+    embed_lr: float | None = None
+    """Peak learning rate of embeddings; default `lr`. Short runs at a high `lr` want about a tenth of it."""
+
+    schedule: Annotated[str, choice(("constant", "linear", "cosine"))] = "constant"
+    """Learning rate after warm-up (paper section 4.1: constant)."""
+
+    warmup_steps: int = 20
+    """Steps of linear warm-up (the original code's 20)."""
+
+    weight_decay: float = 0.0
+    """AdamW weight decay (paper section 4.1: 0)."""
+
+    beta1: float = 0.9
+    """AdamW first moment decay (paper section 4.1)."""
+
+    beta2: float = 0.95
+    """AdamW second moment decay (paper section 4.1)."""
+
+    max_grad_norm: float = 1.0
+    """Gradient clipping by global norm; 0 turns it off."""
+
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    dtype: Annotated[str, choice(("float32", "bfloat16", "float16"))] = "bfloat16"
+    """Arithmetic of the forward and backward pass; what trains is kept in float32."""
+
+    loss_chunk: int = 1024
+    """Tokens whose logits exist at one time (memory: this many times the vocabulary, in float32)."""
+
+    seed: int = 0
+    """Seed of the data order, of new LoRA weights and of dropout."""
+
+    save_every: int = 100
+    """Steps between checkpoints."""
+
+    evaluate_every: int | None = None
+    """Steps between evaluations of the held-out loss; default none but the last."""
+
+    report_to: Names = ()
+    """Trackers the Trainer reports to: tensorboard, wandb, …"""
+
+    resume: bool = False
+    """Go on from the last checkpoint in the output folder."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "device_batch", "loss_chunk", "save_every"):
+            at_least(name.replace("_", "-"), getattr(self, name), 1)
+        if self.batch % self.device_batch:
+            raise UserError(f"--batch is {self.batch}: it must be a multiple of --device-batch, {self.device_batch}.")
+        check_choice("--schedule", self.schedule, ("constant", "linear", "cosine"))
+        check_choice("--dtype", self.dtype, ("float32", "bfloat16", "float16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendSettings(CommandSettings):
+    """Give MODEL a longer context: stretch its positions, train with S2-Attn on long documents, measure."""
+
+    model: tyro.conf.Positional[str]
+    """`demo`, a hub id, a folder, a .gguf file, a run directory, or an adapter folder."""
+
+    output: str
+    """Run directory to create."""
+
+    evaluation_data: tuple[str, ...] = ()
+    """Documents to measure on, as for `data`; default a sixteenth of `data`, held out from training by name."""
+
+    positions: PositionSettings
+    attention: AttentionSettings = AttentionSettings()
+    trainable: TrainableSettings = TrainableSettings()
+    corpus: CorpusSettings = CorpusSettings()
+    training: TrainingSettings = TrainingSettings()
+    perplexity: PerplexitySettings = PerplexitySettings()
+    loading: LoadSettings = LoadSettings()
+
+    def __post_init__(self) -> None:
+        if not self.corpus.data:
+            raise UserError("--data is missing: name files, folders, hub:NAME, or stdlib to train on.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings(CommandSettings):
+    """Fold a run's adapter into its base: a plain Hugging Face folder that anything can load."""
+
+    model: tyro.conf.Positional[str]
+    """A run directory or an adapter folder."""
+
+    output: str
+    """Folder to create."""
+
+    dtype: Annotated[str, choice(DTYPES)] = "auto"
+    """Arithmetic of the saved weights; `auto` keeps the base model's own."""
+
+    def __post_init__(self) -> None:
+        check_choice("--dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings(CommandSettings):
+    """Extend the shipped model 512 -> 4096 tokens on the standard library's source, and draw what changed."""
+
+    output: str = "runs/demo"
+    """Run directory; an earlier demo there is replaced."""
+
+    seed: int = 0
+    """Seed of data order and new weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings(CommandSettings):
+    """Draw report.html of a run directory anew."""
+
+    model: tyro.conf.Positional[str]
+    """A run directory."""
