@@ -17,14 +17,15 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from longlora.adapters import parameter_groups
-from longlora.attention.transformers_backend import use_shifted_attention
+from longlora.attention.patterns import Draw
+from longlora.attention.transformers_backend import draw_from, use_shifted_attention
 from longlora.corpus.packing import PackedRows
 from longlora.errors import UserError
 from longlora.evaluation.perplexity import perplexity
 from longlora.losses import causal_lm_loss, unwrapped
 from longlora.progress import Progress
 from longlora.run_directory import RunDirectory
-from longlora.settings import AttentionSettings, PerplexitySettings, TrainingSettings
+from longlora.settings import AttentionSettings, PatternOptions, PerplexitySettings, TrainingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -127,21 +128,42 @@ class MetricsCallback(TrainerCallback):
 
 
 class AttentionSchedule(TrainerCallback):
-    """S2-Attn (or another pattern) first, full attention for the last `full_attention_steps` optimiser steps.
+    """The attention of each optimiser step: pattern, group size, and what random choices are drawn from.
 
-    The pattern follows from the step alone, so a resumed run meets the same one.
+    All of it follows from the settings, the seed and the step alone, so a resumed run meets the same.
     """
 
-    def __init__(self, attention: AttentionSettings, group_size: int):
-        self.attention, self.group_size = attention, group_size
-        self.present: str | None = None
+    def __init__(self, attention: AttentionSettings, context: int, seed: int):
+        self.attention, self.context, self.seed = attention, context, seed
+        self.present: tuple[str, int] | None = None
 
     def on_step_begin(self, args, state, control, model=None, **_):  # type: ignore[no-untyped-def]
-        full = state.global_step >= state.max_steps - self.attention.full_attention_steps
-        pattern = "full" if full else self.attention.pattern
-        if pattern != self.present:
-            use_shifted_attention(model, self.group_size, pattern)
-            self.present = pattern
+        wanted = attention_at(self.attention, self.context, state.global_step, state.max_steps)
+        if wanted != self.present:
+            pattern, group_size = wanted
+            options = self.attention.options if pattern == self.attention.pattern else PatternOptions()
+            use_shifted_attention(
+                model, group_size, pattern, options=options, full_layers=self.attention.full_attention_layers
+            )
+            self.present = wanted
+        draw_from(model, Draw(self.seed, state.global_step))
+
+
+def attention_at(attention: AttentionSettings, context: int, step: int, steps: int) -> tuple[str, int]:
+    """Pattern and group size in tokens of optimiser step `step` (from 0) of `steps`.
+
+    >>> growing = AttentionSettings(group_size=1024, final_group_size=4096, full_attention_steps=10)
+    >>> [attention_at(growing, 4096, step, 40) for step in (0, 9, 10, 20, 29, 30)]
+    [('shift', 1024), ('shift', 1024), ('shift', 2048), ('shift', 4096), ('shift', 4096), ('full', 1024)]
+    """
+    first = attention.tokens_per_group(context)
+    before_full = steps - attention.full_attention_steps
+    if step >= before_full:
+        return "full", first
+    sizes = [first]
+    while attention.final_group_size is not None and sizes[-1] < attention.final_group_size:
+        sizes.append(min(2 * sizes[-1], attention.final_group_size))
+    return attention.pattern, sizes[step * len(sizes) // before_full]
 
 
 def peak_memory() -> int:
@@ -209,7 +231,7 @@ def train(
         eval_dataset=rows if held_out else None,
         callbacks=[
             MetricsCallback(run, training.batch * context),
-            AttentionSchedule(attention, attention.tokens_per_group(context)),
+            AttentionSchedule(attention, context, training.seed),
         ],
     )
     for printer in (PrinterCallback, ProgressCallback):

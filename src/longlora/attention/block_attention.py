@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longlora.attention.kernels import Kernel
 from longlora.attention.layout import HeadSetPlan, RowPlan, Run
+from longlora.attention.reading_attention import reading_attention
 
 
 class _PermuteTokens(torch.autograd.Function):
@@ -54,6 +55,8 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, plans: Sequence[H
 
 def _attend_rows(plan: RowPlan, q: Tensor, k: Tensor, v: Tensor, heads: slice, kernel: Kernel) -> Tensor:
     """(R, h, N, D) rows laid out alike -> (R, N, h, Dv)."""
+    if plan.reads:
+        return reading_attention(plan, q, k, v, heads, kernel)
     order = None if plan.order is None else plan.order.to(q.device)
     if order is not None:
         q, k, v = (_PermuteTokens.apply(x, order) for x in (q, k, v))

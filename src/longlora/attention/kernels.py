@@ -1,9 +1,11 @@
 """Dense causal attention for a batch of blocks: what runs inside each block of a pattern.
 
 Each kernel takes query (b, h, L, D), key (b, hkv, S, D), value (b, hkv, S, Dv), the slice of query heads it is given,
-and a mask (L, S) of what may be seen (default causal, L = S); it returns (b, h, L, Dv).
+and a mask (L, S), boolean (what may be seen) or to be added to the scores (default causal, L = S); it returns
+(b, h, L, Dv).
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,58 +19,59 @@ class Kernel(Protocol):
     ) -> Tensor: ...
 
 
-def sdpa_kernel(scale: float | None = None, dropout: float = 0.0) -> Kernel:
-    """PyTorch's fused attention (flash on CPU and CUDA, cuDNN on CUDA); grouped queries without repeating K and V.
+@dataclass(frozen=True)
+class SdpaKernel:
+    """PyTorch's fused attention (flash on CPU and CUDA, cuDNN on CUDA); grouped queries without repeating K and V."""
 
-    Args:
-        scale: factor of the scores; default 1 / sqrt(D).
-        dropout: probability with which an attention weight is dropped.
-    """
+    scale: float | None = None
+    """Factor of the scores; default 1 / sqrt(D)."""
 
-    def kernel(query: Tensor, key: Tensor, value: Tensor, heads: slice, mask: Tensor | None = None) -> Tensor:
-        grouped = query.shape[1] != key.shape[1]
+    dropout: float = 0.0
+    """Probability with which an attention weight is dropped."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, heads: slice, mask: Tensor | None = None) -> Tensor:
         return scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=mask,
-            dropout_p=dropout,
+            dropout_p=self.dropout,
             is_causal=mask is None,
-            scale=scale,
-            enable_gqa=grouped,
+            scale=self.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
 
-    return kernel
 
+@dataclass(frozen=True)
+class EagerKernel:
+    """Attention written out, for what fused kernels lack; it holds (L, L) scores of a block and head."""
 
-def eager_kernel(
-    scale: float | None = None, dropout: float = 0.0, softcap: float | None = None, sinks: Tensor | None = None
-) -> Kernel:
-    """Attention written out, for what fused kernels lack; it holds (L, L) scores of a block and head.
+    scale: float | None = None
+    """Factor of the scores; default 1 / sqrt(D)."""
 
-    Args:
-        scale: factor of the scores; default 1 / sqrt(D).
-        dropout: probability with which an attention weight is dropped.
-        softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
-        sinks: (H,) one extra logit a query head that takes part in the softmax and carries no value (gpt-oss).
-    """
+    dropout: float = 0.0
+    """Probability with which an attention weight is dropped."""
 
-    def kernel(query: Tensor, key: Tensor, value: Tensor, heads: slice, mask: Tensor | None = None) -> Tensor:
-        factor = query.shape[-1] ** -0.5 if scale is None else scale
+    softcap: float | None = None
+    """Scores become `softcap * tanh(scores / softcap)` (Gemma 2)."""
+
+    sinks: Tensor | None = None
+    """(H,) one extra logit a query head that takes part in the softmax and carries no value (gpt-oss)."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, heads: slice, mask: Tensor | None = None) -> Tensor:
+        factor = query.shape[-1] ** -0.5 if self.scale is None else self.scale
         grouped = query.unflatten(1, (key.shape[1], -1))
         precision = torch.promote_types(query.dtype, torch.float32)
         scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)).to(precision) * factor
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
         if mask is None:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
-        scores = scores.masked_fill(~mask, float("-inf"))
-        if sinks is not None:
-            sink = sinks[heads].to(precision).view(1, key.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        if self.sinks is not None:
+            sink = self.sinks[heads].to(precision).view(1, key.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
             weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
         else:
             weights = scores.softmax(-1)
-        weights = torch.nn.functional.dropout(weights, dropout).to(value.dtype)
+        weights = torch.nn.functional.dropout(weights, self.dropout).to(value.dtype)
         return (weights @ value.unsqueeze(2)).flatten(1, 2)
-
-    return kernel

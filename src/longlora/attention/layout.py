@@ -6,8 +6,9 @@ from functools import lru_cache
 
 import torch
 
-from longlora.attention.patterns import HeadSet, head_sets, partition
+from longlora.attention.patterns import FIRST_DRAW, PLAIN, Draw, HeadSet, Read, head_sets, partition
 from longlora.errors import UserError
+from longlora.settings import PatternOptions
 
 Document = tuple[int, int]
 """(start, length) of a document inside its row, in tokens."""
@@ -36,12 +37,14 @@ class RowPlan:
     Attributes:
         runs: runs in order of `start`; tokens between them are padding.
         order: (N,) token permutation to apply before the runs, or None.
+        reads: what queries read besides their own block, in tokens of the row.
     """
 
     row_start: int
     row_stop: int
     runs: tuple[Run, ...]
     order: torch.Tensor | None
+    reads: tuple[Read, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,13 +116,37 @@ def documents_from_model_inputs(
 
 @lru_cache(maxsize=64)
 def plan(
-    documents: Documents, length: int, heads: int, key_heads: int, group_size: int, pattern: str, layer: int = 0
+    documents: Documents,
+    length: int,
+    heads: int,
+    key_heads: int,
+    group_size: int,
+    pattern: str,
+    layer: int = 0,
+    options: PatternOptions = PLAIN,
+    draw: Draw = FIRST_DRAW,
 ) -> tuple[HeadSetPlan, ...]:
     """What each set of heads of `pattern` does with a batch of rows of `length` tokens that hold `documents`."""
     return tuple(
         HeadSetPlan(heads=head_set, rows=tuple(_row_plans(head_set, documents, length, group_size)))
-        for head_set in head_sets(pattern, heads, key_heads, layer)
+        for head_set in head_sets(pattern, heads, key_heads, layer, options, draw)
     )
+
+
+def query_key_pairs(plans: Sequence[HeadSetPlan]) -> int:
+    """Pairs of a query and a key that `plans` look at, over all rows and query heads: what attention costs."""
+    pairs = 0
+    for head_set in plans:
+        heads = head_set.heads.query_stop - head_set.heads.query_start
+        for rows in head_set.rows:
+            inside = sum(run.count * run.length * (run.length + 1) // 2 for run in rows.runs)
+            across = sum(
+                (read.query_stop - read.query_start) * (stop - start)
+                for read in rows.reads
+                for start, stop in read.pieces
+            )
+            pairs += heads * (rows.row_stop - rows.row_start) * (inside + across)
+    return pairs
 
 
 def _row_plans(head_set: HeadSet, documents: Documents, length: int, group_size: int) -> list[RowPlan]:
@@ -136,9 +163,11 @@ def _row_plan(
     head_set: HeadSet, row: Sequence[Document], length: int, group_size: int, row_start: int, row_stop: int
 ) -> RowPlan:
     runs: list[Run] = []
+    reads: list[Read] = []
     order = None
     for start, size in row:
         cut = partition(head_set.cut, size, group_size)
+        reads += [read.moved(start) for read in cut.reads]
         if cut.order is not None:
             order = torch.arange(length) if order is None else order
             order[start : start + size] = cut.order + start
@@ -149,4 +178,4 @@ def _row_plan(
             else:
                 runs.append(Run(start, block, 1))
             start += block
-    return RowPlan(row_start, row_stop, tuple(runs), order)
+    return RowPlan(row_start, row_stop, tuple(runs), order, tuple(reads))

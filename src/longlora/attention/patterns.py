@@ -8,19 +8,35 @@ earlier tokens of its own block. With `G` the group size and `s = G // 2`:
     rolled   block(i) = ((i - s) mod n) // G        Algorithm 1: the first tokens share the last block (a leak)
     dilated  block(i) = (i // (G r), i mod r)       every r-th token, G of them, r = 1 … 4
     strided  block(i) = i mod ceil(n / G)
+    scatter  block(i) = i // s                      and each block also reads earlier tokens, drawn at random
 
 A document of at most G tokens is one block in every head.
+
+`scatter` with one piece of half a group (`#`: read, block by block, a document of 4 G tokens; the row above itself is
+its own block, causal, the other an earlier one drawn anew for each step, layer and quarter of the heads):
+
+    #.......
+    ##......
+    .##.....
+    #..#....
+    .#..#...
+    ...#.#..
+    .#....#.
+    ..#....#
+
+so training meets every distance up to the whole context at 3/4 G tokens a query.
 """
 
 import logging
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from longlora.errors import UserError, check_choice
-from longlora.settings import PATTERNS
+from longlora.settings import PATTERNS, PatternOptions
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +51,56 @@ def warn_of_leak(pattern: str) -> None:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """What random choices are drawn from; equal draws choose alike, on every machine."""
+
+    seed: int = 0
+    """Seed of the run."""
+
+    step: int = 0
+    """Optimiser step."""
+
+    turn: int = 0
+    """Forward pass within the step."""
+
+    def place(self, *where: object) -> str:
+        """The seed of one place: a layer, a set of heads."""
+        return "/".join(str(part) for part in (self.seed, self.step, self.turn, *where))
+
+
+FIRST_DRAW = Draw()
+
+
+PLAIN = PatternOptions()
+"""A pattern as it is."""
+
+
+def random_choices(pattern: str, options: PatternOptions) -> bool:
+    """Whether anything of `pattern` is drawn at random."""
+    return pattern == "scatter" or options.vary_offset
+
+
+@dataclass(frozen=True)
 class Cut:
-    """How one set of heads cuts a document: `kind` as in the table above, `dilation` tokens apart for `dilated`."""
+    """How one set of heads cuts a document.
+
+    Attributes:
+        kind: as in the table above.
+        dilation: tokens apart, for `dilated`.
+        offset_seed: what the place where the groups begin is drawn from; "" is none, they begin at the first token.
+        sink_tokens: tokens at the start that every block reads.
+        pieces, piece_size, weighed: of `scatter`, as in `PatternOptions`.
+        seed: what the pieces are drawn from.
+    """
 
     kind: str
     dilation: int = 1
+    offset_seed: str = ""
+    sink_tokens: int = 0
+    pieces: int = 0
+    piece_size: int | None = None
+    weighed: bool = False
+    seed: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,47 +118,91 @@ class HeadSet:
 
 
 @dataclass(frozen=True)
+class Read:
+    """Queries `[query_start, query_stop)` of a document also read earlier tokens, all of them.
+
+    Attributes:
+        pieces: (start, stop) of the tokens read, in order, none of them in the queries' own block.
+        weight: how often each of these keys counts in the softmax.
+    """
+
+    query_start: int
+    query_stop: int
+    pieces: tuple[tuple[int, int], ...]
+    weight: float = 1.0
+
+    def moved(self, by: int) -> "Read":
+        """The same in a row where the document starts `by` tokens later."""
+        pieces = tuple((start + by, stop + by) for start, stop in self.pieces)
+        return Read(self.query_start + by, self.query_stop + by, pieces, self.weight)
+
+
+@dataclass(frozen=True)
 class Partition:
     """A document cut into causal blocks.
 
     Attributes:
         lengths: tokens of each block, in order.
         order: (n,) positions in the order in which the blocks take them, or None for their own order.
+        reads: what blocks read besides themselves; none where there is an `order`.
     """
 
     lengths: tuple[int, ...]
     order: torch.Tensor | None = None
+    reads: tuple[Read, ...] = ()
 
 
-def head_sets(pattern: str, heads: int, key_heads: int, layer: int = 0) -> list[HeadSet]:
+def head_sets(
+    pattern: str, heads: int, key_heads: int, layer: int = 0, options: PatternOptions = PLAIN, draw: Draw = FIRST_DRAW
+) -> list[HeadSet]:
     """The sets of heads of `pattern`, in the order of their query heads.
 
     Args:
         pattern: a name of `longlora.settings.PATTERNS`.
         heads: number of query heads H, a multiple of `key_heads`.
         key_heads: number of KV heads Hkv.
-        layer: ordinal of the layer; only `shift-layers` depends on it (odd layers shift).
+        layer: ordinal of the layer; `shift-layers` shifts odd ones, and each has random choices of its own.
+        options: additions to the pattern.
+        draw: what random choices are drawn from.
 
     Raises:
-        UserError: unknown pattern, or `heads` is not a multiple of `key_heads`.
+        UserError: unknown pattern, an option that the pattern cannot have, or `heads` is not a multiple of `key_heads`.
     """
     check_choice("pattern", pattern, PATTERNS)
     if key_heads < 1 or heads % key_heads:
         raise UserError(
             f"{heads} query heads and {key_heads} key/value heads: the first must be a multiple of the second."
         )
-    plain, shifted = Cut("plain"), Cut("shifted")
+    options.check(pattern)
+    offset = draw.place(layer, "offset") if options.vary_offset else ""
+
+    def contiguous(kind: str) -> Cut:
+        return Cut(kind, offset_seed=offset, sink_tokens=options.sink_tokens)
+
+    def scattered(quarter: int) -> Cut:
+        return replace(
+            contiguous("scatter"),
+            pieces=options.scatter_pieces,
+            piece_size=options.scatter_piece_size,
+            weighed=options.scatter_weighted,
+            seed=draw.place(layer, quarter),
+        )
+
+    if pattern == "scatter":
+        first_scattered = 2 if options.scatter_heads == "half" else 0
+        cuts = [scattered(q) if q >= first_scattered else contiguous("plain") for q in range(4)]
+        return _joined(_quarters(heads, key_heads, cuts), heads // key_heads)
     if pattern == "shift":
-        return _halves(heads, key_heads, plain, shifted)
+        return _halves(heads, key_heads, contiguous("plain"), contiguous("shifted"))
     if pattern == "cyclic":
-        return _halves(heads, key_heads, plain, Cut("rolled"))
+        return _halves(heads, key_heads, Cut("plain"), Cut("rolled"))
     if pattern == "strided":
-        return _halves(heads, key_heads, plain, Cut("strided"))
+        return _halves(heads, key_heads, Cut("plain"), Cut("strided"))
     if pattern == "dilated":
-        return _quarters(heads, key_heads)
+        return _quarters(heads, key_heads, [Cut("dilated", dilation) for dilation in (1, 2, 3, 4)])
     if pattern == "shift-layers":
         pattern = "shifted" if layer % 2 else "plain"
-    return [HeadSet(0, heads, 0, key_heads, Cut(pattern))]
+    return [HeadSet(0, heads, 0, key_heads, contiguous(pattern))]
 
 
 def partition(cut: Cut, length: int, group_size: int) -> Partition:
@@ -107,14 +212,19 @@ def partition(cut: Cut, length: int, group_size: int) -> Partition:
     (2, 4, 4)
     >>> partition(Cut("plain"), 10, 4).lengths
     (4, 4, 2)
+    >>> scatter = partition(Cut("scatter", pieces=1, seed="0"), 6, 4)
+    >>> scatter.lengths, scatter.reads[0]
+    ((2, 2, 2), Read(query_start=2, query_stop=4, pieces=((0, 2),), weight=1.0))
     """
     if cut.kind == "full" or length <= group_size:
         return Partition((length,))
     half = group_size // 2
-    if cut.kind == "plain":
-        return Partition(_chunks(length, group_size))
-    if cut.kind == "shifted":
-        return Partition((half, *_chunks(length - half, group_size)))
+    if cut.kind in ("plain", "shifted", "scatter"):
+        size = half if cut.kind == "scatter" else group_size
+        first = random.Random(cut.offset_seed).randrange(group_size) if cut.offset_seed else 0
+        first = (first + (half if cut.kind == "shifted" else 0)) % size
+        lengths = (*((first,) if first else ()), *_chunks(length - first, size))
+        return Partition(lengths, reads=tuple(_reads(cut, lengths, cut.piece_size or half)))
     if cut.kind == "rolled":
         return Partition(_chunks(length, group_size), torch.arange(length).roll(-half))
     if cut.kind == "strided":
@@ -125,6 +235,38 @@ def partition(cut: Cut, length: int, group_size: int) -> Partition:
     ]
     lengths = tuple(size for part in parts for size in part.lengths)
     return Partition(lengths, torch.cat([part.order for part in parts if part.order is not None]))
+
+
+def _reads(cut: Cut, lengths: tuple[int, ...], piece_size: int) -> Iterator[Read]:
+    """What each block reads besides itself: the sinks, and pieces drawn from what stands between them and it."""
+    generator = random.Random(cut.seed)
+    start = 0
+    for length in lengths:
+        stop, sinks = start + length, min(cut.sink_tokens, start)
+        drawn: list[tuple[int, int]] = []
+        choices = math.ceil((start - sinks) / piece_size) if cut.pieces else 0
+        if choices:
+            chosen = sorted(generator.sample(range(choices), min(cut.pieces, choices)), reverse=True)
+            drawn = [(max(sinks, start - (c + 1) * piece_size), start - c * piece_size) for c in chosen]
+        weight = choices / len(drawn) if cut.weighed and drawn else 1.0
+        certain = [(0, sinks)] if sinks else []
+        if weight == 1.0:
+            certain, drawn = certain + drawn, []
+        for pieces, times in ((certain, 1.0), (drawn, weight)):
+            if pieces:
+                yield Read(start, stop, _without_seams(pieces), times)
+        start = stop
+
+
+def _without_seams(pieces: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Pieces in order, those that touch made one."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in pieces:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
 
 
 def _chunks(length: int, size: int) -> tuple[int, ...]:
@@ -144,15 +286,29 @@ def _halves(heads: int, key_heads: int, first: Cut, second: Cut) -> list[HeadSet
     return [*_aligned(0, middle, heads, key_heads, first), *_aligned(middle, heads, heads, key_heads, second)]
 
 
-def _quarters(heads: int, key_heads: int) -> list[HeadSet]:
-    """Four sets, as equal as can be, with dilations 1 to 4: of KV heads where there are four, else of query heads."""
+def _quarters(heads: int, key_heads: int, cuts: Sequence[Cut]) -> list[HeadSet]:
+    """Four sets, as equal as can be, one for each of `cuts`: of KV heads where there are four, else of query heads."""
     units, width = (key_heads, heads // key_heads) if key_heads >= 4 else (heads, 1)
     edges = [math.ceil(quarter * units / 4) * width for quarter in range(5)]
     return [
         head_set
-        for quarter in range(4)
-        for head_set in _aligned(edges[quarter], edges[quarter + 1], heads, key_heads, Cut("dilated", quarter + 1))
+        for quarter, cut in enumerate(cuts)
+        for head_set in _aligned(edges[quarter], edges[quarter + 1], heads, key_heads, cut)
     ]
+
+
+def _joined(sets: list[HeadSet], repeats: int) -> list[HeadSet]:
+    """Neighbouring sets that cut alike made one where they own whole KV heads, so that one kernel call serves them."""
+    joined = sets[:1]
+    for present in sets[1:]:
+        last = joined[-1]
+        whole = last.query_stop == last.key_stop * repeats and present.query_start == present.key_start * repeats
+        whole = whole and last.query_start == last.key_start * repeats
+        if whole and last.cut == present.cut and present.query_stop == present.key_stop * repeats:
+            joined[-1] = replace(last, query_stop=present.query_stop, key_stop=present.key_stop)
+        else:
+            joined.append(present)
+    return joined
 
 
 def _aligned(start: int, stop: int, heads: int, key_heads: int, cut: Cut) -> Iterator[HeadSet]:

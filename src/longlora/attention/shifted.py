@@ -3,10 +3,11 @@
 from torch import Tensor
 
 from longlora.attention.block_attention import block_attention
-from longlora.attention.kernels import eager_kernel, sdpa_kernel
+from longlora.attention.kernels import EagerKernel, SdpaKernel
 from longlora.attention.layout import Documents, documents_from_segments, plan
-from longlora.attention.patterns import warn_of_leak
+from longlora.attention.patterns import FIRST_DRAW, PLAIN, Draw, warn_of_leak
 from longlora.errors import UserError, check_choice
+from longlora.settings import PatternOptions
 
 BACKENDS = ("auto", "sdpa", "eager")
 
@@ -22,6 +23,8 @@ def shifted_attention(
     *,
     layer: int = 0,
     scale: float | None = None,
+    options: PatternOptions = PLAIN,
+    draw: Draw = FIRST_DRAW,
 ) -> Tensor:
     """Shifted sparse attention: causal inside groups, half of the heads with the groups moved by half a group.
 
@@ -36,14 +39,17 @@ def shifted_attention(
             (its output is zero). Default: each row is one document.
         pattern: a name of `longlora.settings.PATTERNS`.
         backend: `sdpa` (PyTorch's fused attention), `eager` (written out), or `auto`.
-        layer: ordinal of the layer, for `shift-layers`.
+        layer: ordinal of the layer, for `shift-layers` and random choices.
         scale: factor of the scores; default 1 / sqrt(D).
+        options: additions to the pattern.
+        draw: what the random choices of `scatter` and `vary_offset` are drawn from.
 
     Returns:
         (B, H, N, Dv).
 
     Raises:
-        UserError: shapes that do not fit each other, a group below 2, an unknown pattern or backend.
+        UserError: shapes that do not fit each other, a group below 2, an unknown pattern or backend, or
+            an option that the pattern cannot have.
     """
     check_choice("backend", backend, BACKENDS)
     warn_of_leak(pattern)
@@ -55,8 +61,8 @@ def shifted_attention(
         raise UserError(f"segment_ids is {tuple(segment_ids.shape)}: it must be (B, N) = {(rows, length)}.")
     else:
         documents = documents_from_segments(segment_ids)
-    plans = plan(documents, length, query.shape[1], key.shape[1], group_size, pattern, layer)
-    kernel = eager_kernel(scale) if backend == "eager" else sdpa_kernel(scale)
+    plans = plan(documents, length, query.shape[1], key.shape[1], group_size, pattern, layer, options, draw)
+    kernel = EagerKernel(scale) if backend == "eager" else SdpaKernel(scale)
     return block_attention(query, key, value, plans, kernel)
 
 

@@ -4,7 +4,8 @@ No class is patched. A hook before each forward chooses the implementation by th
 model's ordinary attention itself. The paper trains with S2-Attn and keeps full attention for inference (section 3.2).
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -14,13 +15,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from longlora.attention.block_attention import block_attention
-from longlora.attention.kernels import eager_kernel, sdpa_kernel
+from longlora.attention.kernels import EagerKernel, SdpaKernel
 from longlora.attention.layout import Documents, documents_from_model_inputs, plan
 from longlora.attention.local_attention import local_attention
-from longlora.attention.patterns import warn_of_leak
+from longlora.attention.patterns import FIRST_DRAW, PLAIN, Draw, random_choices, warn_of_leak
 from longlora.errors import UserError, check_choice
 from longlora.positions import present_context
-from longlora.settings import PATTERNS
+from longlora.settings import PATTERNS, PatternOptions
 
 IMPLEMENTATION = "s2_attn"
 
@@ -45,6 +46,11 @@ class ShiftedAttentionState:
     """The model's own attention implementation, used outside training."""
     global_layers: dict[int, int]
     """Layer index -> ordinal among the layers with full attention."""
+    options: PatternOptions
+    full_layers: frozenset[int]
+    """Ordinals of the layers that keep full attention."""
+    draw: Draw = FIRST_DRAW
+    """What the random choices of the present forward pass are drawn from."""
     served: int = 0
     """Layer calls answered in the present forward pass."""
     handles: list[RemovableHandle] = field(default_factory=list)
@@ -62,7 +68,14 @@ class ShiftedAttentionState:
 
 
 def use_shifted_attention(
-    model: nn.Module, group_size: int | None = None, pattern: str = "shift", *, inference: bool = False
+    model: nn.Module,
+    group_size: int | None = None,
+    pattern: str = "shift",
+    *,
+    inference: bool = False,
+    options: PatternOptions = PLAIN,
+    full_layers: Sequence[int] = (),
+    draw: Draw = FIRST_DRAW,
 ) -> nn.Module:
     """Let `model` train with S2-Attn: `model.train()` uses it, `model.eval()` the model's ordinary full attention.
 
@@ -73,15 +86,20 @@ def use_shifted_attention(
         group_size: G in tokens; default a quarter of the model's window.
         pattern: a name of `longlora.settings.PATTERNS`; `full` is causal attention through the same code.
         inference: use the pattern in `eval()` too, for ablations (paper table 2); without a KV cache.
+        options: additions to the pattern.
+        full_layers: layers that keep full attention, counted from 0 (negative: from the last, -1) among those that
+            have it in the model itself.
+        draw: what random choices are drawn from. Each forward pass in training takes the next `turn` of it.
 
     Returns:
         `model` itself.
 
     Raises:
-        UserError: a model that takes no attention implementation (ALiBi among them), a group below 2 tokens, or an
-            unknown pattern.
+        UserError: a model that takes no attention implementation (ALiBi among them), a group below 2 tokens, an
+            unknown pattern or an option that it cannot have, or a layer that there is not.
     """
     check_choice("pattern", pattern, PATTERNS)
+    options.check(pattern)
     warn_of_leak(pattern)
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     if not models:
@@ -100,7 +118,11 @@ def use_shifted_attention(
             handle.remove()
     present = config._attn_implementation
     ordinary = previous.ordinary if previous else present if present != IMPLEMENTATION else "sdpa"
-    state = ShiftedAttentionState(group_size, pattern, inference, ordinary, _global_layers(config))
+    layers = _global_layers(config)
+    full = _counted_from_first(full_layers, len(layers))
+    state = ShiftedAttentionState(
+        group_size, pattern, inference, ordinary, layers, options, full, replace(draw, turn=draw.turn - 1)
+    )
     for module in base.modules():
         if hasattr(module, "layer_idx") or module is base:
             setattr(module, _STATE, state)
@@ -133,6 +155,28 @@ def _global_layers(config: PreTrainedConfig) -> dict[int, int]:
     return {layer: ordinal for ordinal, layer in enumerate(layers)}
 
 
+def draw_from(model: nn.Module, draw: Draw) -> None:
+    """Let the next forward passes of `model` in training draw from `draw`, with its `turn` counted up at each.
+
+    Raises:
+        UserError: `model` does not train with S2-Attn.
+    """
+    state = next((getattr(module, _STATE) for module in model.modules() if hasattr(module, _STATE)), None)
+    if state is None:
+        raise UserError(f"{type(model).__name__} has no S2-Attn: call longlora.use_shifted_attention(model) first.")
+    state.draw = replace(draw, turn=draw.turn - 1)
+
+
+def _counted_from_first(layers: Sequence[int], count: int) -> frozenset[int]:
+    for layer in layers:
+        if not -count <= layer < count:
+            raise UserError(
+                f"full-attention layer {layer} is not there: the model has {count} layers with full attention, from 0 "
+                f"to {count - 1}, or from -1 back to -{count}."
+            )
+    return frozenset(layer % count for layer in layers)
+
+
 class _ChooseImplementation:
     """Pre-forward hook: S2 in training, the model's own attention in evaluation."""
 
@@ -145,6 +189,8 @@ class _ChooseImplementation:
             module.config._attn_implementation = wanted
         if self.outermost:
             self.state.served = 0
+            if module.training:
+                self.state.draw = replace(self.state.draw, turn=self.state.draw.turn + 1)
 
 
 class _ProveServed:
@@ -199,7 +245,7 @@ def shifted_attention_forward(
     documents = state.documents(rows, length, attention_mask, position_ids)
     special = softcap is not None or s_aux is not None
     dropout = dropout if module.training else 0.0
-    kernel = eager_kernel(scaling, dropout, softcap, s_aux) if special else sdpa_kernel(scaling, dropout)
+    kernel = EagerKernel(scaling, dropout, softcap, s_aux) if special else SdpaKernel(scaling, dropout)
     state.served += 1
 
     ordinal = state.global_layers.get(cast(int, module.layer_idx))
@@ -212,8 +258,20 @@ def shifted_attention_forward(
             )
         output = local_attention(query, key, value, documents, sliding_window, kernel)
         return output.transpose(1, 2).contiguous(), None
-    pattern = state.pattern if ordinal is not None else "full"
-    plans = plan(documents, length, heads, key.shape[1], state.group_size, pattern, ordinal or 0)
+    if ordinal is None or ordinal in state.full_layers or state.pattern == "full":
+        plans = plan(documents, length, heads, key.shape[1], state.group_size, "full")
+    else:
+        plans = plan(
+            documents,
+            length,
+            heads,
+            key.shape[1],
+            state.group_size,
+            state.pattern,
+            ordinal,
+            state.options,
+            state.draw if random_choices(state.pattern, state.options) else FIRST_DRAW,
+        )
     return block_attention(query, key, value, plans, kernel).transpose(1, 2).contiguous(), None
 
 

@@ -1,12 +1,15 @@
 """How positions are stretched, how attention trains, and which documents are read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated
 
-from longlora.errors import check_choice
-from longlora.settings.fields import at_least, choice
+from longlora.errors import UserError, check_choice
+from longlora.settings.fields import Tokens, at_least, choice
 
-PATTERNS = ("shift", "shift-layers", "plain", "shifted", "cyclic", "dilated", "strided", "full")
+PATTERNS = ("shift", "shift-layers", "plain", "shifted", "cyclic", "dilated", "strided", "scatter", "full")
+CONTIGUOUS = ("shift", "shift-layers", "plain", "shifted", "scatter")
+"""Patterns whose blocks are neighbouring tokens, so that they can have sinks and a varying offset."""
+
 METHODS = ("yarn", "linear", "ntk", "dynamic", "llama3", "longrope", "none")
 PACKINGS = ("concatenate", "isolate")
 
@@ -27,26 +30,77 @@ class PositionSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PatternOptions:
+    """What may be added to a pattern of attention; the defaults add nothing."""
+
+    scatter_pieces: int = 1
+    """Earlier pieces that a block of `scatter` reads besides itself, drawn anew for each step, layer and head set."""
+
+    scatter_piece_size: int | None = None
+    """Tokens a piece; default half a group."""
+
+    scatter_heads: Annotated[str, choice(("all", "half"))] = "all"
+    """Heads that scatter; with `half` the lower half of them stays `plain`."""
+
+    scatter_weighted: bool = False
+    """Let a drawn piece count for all those it was drawn from, as an unbiased estimate of full attention does."""
+
+    sink_tokens: int = 0
+    """Tokens at the start of a document that every block reads (StreamingLLM, arXiv 2309.17453)."""
+
+    vary_offset: bool = False
+    """Begin the groups at a place drawn anew for each step and layer, instead of at a document's first token."""
+
+    def __post_init__(self) -> None:
+        at_least("scatter-pieces", self.scatter_pieces, 1, "pieces")
+        if self.scatter_piece_size is not None:
+            at_least("scatter-piece-size", self.scatter_piece_size, 1, "tokens")
+        check_choice("--scatter-heads", self.scatter_heads, ("all", "half"))
+        at_least("sink-tokens", self.sink_tokens, 0, "tokens")
+
+    def check(self, pattern: str) -> None:
+        """Raises UserError where an option was given that `pattern` cannot have."""
+        for field in fields(self):
+            given = getattr(self, field.name)
+            able = ("scatter",) if field.name.startswith("scatter") else CONTIGUOUS
+            if given != field.default and pattern not in able:
+                flag = "--" + field.name.replace("_", "-")
+                raise UserError(f"{flag} is for the patterns {', '.join(able)}: the pattern is '{pattern}'.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionSettings:
     """Attention while training (paper section 3.2). Evaluation always uses the model's own full attention."""
 
     pattern: Annotated[str, choice(PATTERNS)] = "shift"
-    """Which tokens each head sees; `shift` is the paper's S2-Attn (table 2 names the others)."""
+    """Which tokens each head sees; `shift` is the paper's S2-Attn (table 2 names the others), `scatter` adds earlier
+    pieces drawn at random."""
 
     group_size: int | None = None
     """Tokens a group; default a quarter of the context (paper section 4.1, table 11)."""
 
+    options: PatternOptions = PatternOptions()
+
+    final_group_size: int | None = None
+    """Let the group grow to this many tokens, doubling in equal parts of the training; default it does not grow."""
+
     full_attention_steps: int = 0
     """Optimiser steps at the end of training with full attention, so that every distance is met at least then."""
 
+    full_attention_layers: Tokens = ()
+    """Layers that train with full attention throughout, counted from 0; negative ones from the last, -1."""
+
     def __post_init__(self) -> None:
         check_choice("--pattern", self.pattern, PATTERNS)
+        self.options.check(self.pattern)
         at_least("full-attention-steps", self.full_attention_steps, 0, "steps")
         if self.group_size is not None:
             at_least("group-size", self.group_size, 2, "tokens")
+        if self.final_group_size is not None and self.group_size is not None:
+            at_least("final-group-size", self.final_group_size, self.group_size, "tokens, the first --group-size")
 
     def tokens_per_group(self, context: int) -> int:
-        """The group size in tokens for a training context of `context` tokens."""
+        """The group size in tokens for a training context of `context` tokens, at the start of training."""
         return self.group_size or max(2, context // 4)
 
 
