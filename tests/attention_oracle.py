@@ -73,3 +73,31 @@ def attention_reference(query, key, value, group, segment_ids=None, pattern="shi
             per_head.append(weights @ value[b, h * key_heads // heads])
         per_row.append(torch.stack(per_head))
     return torch.stack(per_row)
+
+
+def key_weights(plans, rows, heads, length):
+    """(B, H, N, N) how often each query counts each key, told by the plan block by block and read by read."""
+    weights = torch.zeros(rows, heads, length, length, dtype=torch.float64)
+    for head_set in plans:
+        h = slice(head_set.heads.query_start, head_set.heads.query_stop)
+        for row in head_set.rows:
+            b = slice(row.row_start, row.row_stop)
+            for run in row.runs:
+                for start in range(run.start, run.stop, run.length):
+                    block = slice(start, start + run.length)
+                    assert not weights[b, h, block].any()
+                    weights[b, h, block, block] = torch.ones(run.length, run.length, dtype=torch.float64).tril()
+            for read in row.reads:
+                for start, stop in read.pieces:
+                    assert not weights[b, h, read.query_start : read.query_stop, start:stop].any(), "a key read twice"
+                    weights[b, h, read.query_start : read.query_stop, start:stop] = read.weight
+    return weights
+
+
+def masked_attention(q, k, v, weights, scale=None):
+    """(B, H, N, Dv), where each query counts each key as often as `weights` (B, H, N, N) says."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    repeats = q.shape[1] // k.shape[1]
+    scores = (q @ k.repeat_interleave(repeats, 1).transpose(-1, -2) * scale).exp() * weights.to(q.dtype)
+    total = scores.sum(-1, keepdim=True)
+    return (scores / torch.where(total > 0, total, 1)) @ v.repeat_interleave(repeats, 1)

@@ -5,9 +5,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from attention_oracle import attention_reference
+from attention_oracle import attention_reference, key_weights, masked_attention
 
 from longlora import cli
+from longlora.attention.layout import plan
 from longlora.attention.shifted import shifted_attention
 from longlora.bench import attention as bench
 from longlora.bench import attention_costs, bench_attention, machine
@@ -47,7 +48,11 @@ def test_the_check_agrees_with_the_dense_oracle(pattern, shape):
     for layer in (0, 1):
 
         def dense(q, k, v, layer=layer):
-            return attention_reference(q, k, v, 7, pattern=pattern, layer=layer)
+            if pattern != "scatter":
+                return attention_reference(q, k, v, 7, pattern=pattern, layer=layer)
+            rows, heads, length, _ = q.shape
+            plans = plan((((0, length),),) * rows, length, heads, k.shape[1], 7, "scatter", layer)
+            return masked_attention(q, k, v, key_weights(plans, rows, heads, length))
 
         assert find_wrong(dense, inputs, gradient, pattern, 7, layer) is None
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attention_oracle import key_weights, masked_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention import cases, random_qkv
@@ -22,13 +23,14 @@ def reading_cases(draw):
     case = draw(cases())
     pattern = draw(st.sampled_from(["scatter", "scatter", *CONTIGUOUS]))
     chosen = {"sink_tokens": draw(st.sampled_from([0, 0, 1, 3, 9])), "vary_offset": draw(st.booleans())}
-    if pattern == "scatter":
+    if pattern == "scatter" or draw(st.booleans()):
         chosen |= {
             "scatter_pieces": draw(st.integers(1, 4)),
             "scatter_piece_size": draw(st.sampled_from([None, 1, 3, 7])),
-            "scatter_heads": draw(st.sampled_from(["all", "half"])),
             "scatter_weighted": draw(st.booleans()),
         }
+    if pattern == "scatter":
+        chosen["scatter_heads"] = draw(st.sampled_from(["all", "half"]))
     draws = Draw(draw(st.integers(0, 999)), draw(st.integers(0, 9)))
     value_width = draw(st.sampled_from([None, None, 4]))
     return case | {"pattern": pattern, "options": PatternOptions(**chosen), "draw": draws, "value_width": value_width}
@@ -43,33 +45,6 @@ def whole(case):
     return documents, plan(documents, *arguments)
 
 
-def key_weights(plans, rows, heads, length):
-    """(B, H, N, N) how often each query counts each key, told by the plan block by block and read by read."""
-    weights = torch.zeros(rows, heads, length, length, dtype=torch.float64)
-    for head_set in plans:
-        h = slice(head_set.heads.query_start, head_set.heads.query_stop)
-        for row in head_set.rows:
-            b = slice(row.row_start, row.row_stop)
-            for run in row.runs:
-                for start in range(run.start, run.stop, run.length):
-                    block = slice(start, start + run.length)
-                    assert not weights[b, h, block].any()
-                    weights[b, h, block, block] = torch.ones(run.length, run.length, dtype=torch.float64).tril()
-            for read in row.reads:
-                for start, stop in read.pieces:
-                    assert not weights[b, h, read.query_start : read.query_stop, start:stop].any(), "a key read twice"
-                    weights[b, h, read.query_start : read.query_stop, start:stop] = read.weight
-    return weights
-
-
-def dense(q, k, v, weights, scale=None):
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    repeats = q.shape[1] // k.shape[1]
-    scores = (q @ k.repeat_interleave(repeats, 1).transpose(-1, -2) * scale).exp() * weights
-    total = scores.sum(-1, keepdim=True)
-    return (scores / torch.where(total > 0, total, 1)) @ v.repeat_interleave(repeats, 1)
-
-
 @settings(max_examples=250, deadline=None)
 @given(reading_cases())
 def test_equals_dense_attention_given_the_draw_forward_and_backward(case):
@@ -78,7 +53,7 @@ def test_equals_dense_attention_given_the_draw_forward_and_backward(case):
     _, plans = whole(case)
     weights = key_weights(plans, rows, heads, length)
     assert int((weights > 0).sum()) == query_key_pairs(plans)
-    expected = dense(q, k, v, weights)
+    expected = masked_attention(q, k, v, weights)
     out = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected_gradients = torch.autograd.grad((expected * out).sum(), (q, k, v))
     names = ("pattern", "layer", "backend", "options", "draw")
@@ -200,8 +175,8 @@ def test_merged_parts_are_as_exact_as_one_pass_at_the_same_precision(dtype):
         out.backward(torch.ones_like(out) * torch.linspace(-1, 1, out.shape[2])[:, None].to(width))
         return [out, *(x.grad for x in inputs)]
 
-    exact = forward_and_gradients(lambda *x: dense(*x, weights), torch.float64)
-    plain = forward_and_gradients(lambda *x: dense(*x, weights.to(dtype)), dtype)
+    exact = forward_and_gradients(lambda *x: masked_attention(*x, weights), torch.float64)
+    plain = forward_and_gradients(lambda *x: masked_attention(*x, weights.to(dtype)), dtype)
     ours = forward_and_gradients(lambda *x: shifted_attention(*x, 64, pattern="scatter", options=options), dtype)
     for true, theirs, mine in zip(exact, plain, ours, strict=True):
         assert (mine.double() - true).abs().max() <= 2 * (theirs.double() - true).abs().max()
@@ -220,8 +195,10 @@ def test_dropout_goes_through_the_masked_path(monkeypatch):
 
 def test_an_option_that_a_pattern_cannot_have_is_refused():
     q, k, v = random_qkv((1, 2, 2, 40, 4), 0)
-    with pytest.raises(UserError, match="--scatter-pieces is for the patterns scatter: the pattern is 'shift'"):
-        shifted_attention(q, k, v, 8, options=PatternOptions(scatter_pieces=2))
+    with pytest.raises(UserError, match="--scatter-heads is for the patterns scatter: the pattern is 'shift'"):
+        shifted_attention(q, k, v, 8, options=PatternOptions(scatter_heads="half"))
+    with pytest.raises(UserError, match="--scatter-weighted says what scattered pieces are like, and there are none"):
+        shifted_attention(q, k, v, 8, options=PatternOptions(scatter_weighted=True))
     with pytest.raises(UserError, match="--sink-tokens is for the patterns shift, shift-layers, plain.*'dilated'"):
         shifted_attention(q, k, v, 8, pattern="dilated", options=PatternOptions(sink_tokens=2))
 
@@ -269,6 +246,23 @@ class TestInAModel:
         assert every == pytest.approx(model(ids, labels=ids, use_cache=False).loss.item(), abs=1e-7)
         with pytest.raises(UserError, match=rf"full-attention layer {layers} is not there"):
             use_shifted_attention(model, 8, full_layers=(layers,))
+
+    def test_layers_drawn_for_full_attention_differ_from_pass_to_pass_and_share_their_number(self, tiny_model):
+        model = tiny_model("llama")
+        use_shifted_attention(model, 8, "shift", full_layers_share=0.1, draw=Draw(2))
+        model.train()
+        ids = torch.randint(0, 50, (2, 40), generator=torch.Generator().manual_seed(0))
+
+        def loss(**chosen):
+            use_shifted_attention(model, 8, "shift", **chosen)
+            return model(ids, labels=ids, use_cache=False).loss.item()
+
+        layers = range(model.config.num_hidden_layers)
+        fixed = {loss(full_layers=(layer,)) for layer in layers}
+        use_shifted_attention(model, 8, "shift", full_layers_share=0.1, draw=Draw(2))
+        drawn = {model(ids, labels=ids, use_cache=False).loss.item() for _ in range(20)}
+        assert drawn == fixed
+        assert loss(full_layers_share=1.0) == pytest.approx(loss(full_layers=layers), abs=1e-7)
 
     def test_drawing_without_shifted_attention_says_what_to_call(self, tiny_model):
         with pytest.raises(UserError, match="use_shifted_attention"):

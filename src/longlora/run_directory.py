@@ -94,7 +94,7 @@ class RunDirectory:
                     f"--output {self.path} already holds a run: give --resume to go on with it, or name another folder."
                 )
             for name, value in settings.items():
-                if name not in MAY_CHANGE_ON_RESUME and before.get(name, value) != _plain(value):
+                if name not in MAY_CHANGE_ON_RESUME and before.get(name, value) != plain(value):
                     raise UserError(
                         f"--resume: '{name}' was {before[name]!r} in {self.settings_file} and is now {value!r}; "
                         "go on with the first value, or start a new run in another folder."
@@ -105,7 +105,7 @@ class RunDirectory:
             raise UserError(f"--resume: {self.path} holds no run to go on with; leave --resume out to start one.")
         document = {
             "command": command,
-            **{name: _plain(value) for name, value in settings.items()},
+            **{name: plain(value) for name, value in settings.items()},
             "versions": versions(),
             "commit": _commit(),
         }
@@ -188,8 +188,9 @@ def _commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-def _plain(value: Any) -> Any:
-    return [_plain(part) for part in value] if isinstance(value, tuple | list) else value
+def plain(value: Any) -> Any:
+    """`value` as YAML gives it back: tuples are lists."""
+    return [plain(part) for part in value] if isinstance(value, tuple | list) else value
 
 
 def write_whole(file: Path, text: str) -> None:

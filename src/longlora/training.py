@@ -143,7 +143,12 @@ class AttentionSchedule(TrainerCallback):
             pattern, group_size = wanted
             options = self.attention.options if pattern == self.attention.pattern else PatternOptions()
             use_shifted_attention(
-                model, group_size, pattern, options=options, full_layers=self.attention.full_attention_layers
+                model,
+                group_size,
+                pattern,
+                options=options,
+                full_layers=self.attention.full_attention_layers,
+                full_layers_share=self.attention.full_layers_share,
             )
             self.present = wanted
         draw_from(model, Draw(self.seed, state.global_step))

@@ -77,7 +77,16 @@ PLAIN = PatternOptions()
 
 def random_choices(pattern: str, options: PatternOptions) -> bool:
     """Whether anything of `pattern` is drawn at random."""
-    return pattern == "scatter" or options.vary_offset
+    return options.pieces(pattern) > 0 or options.vary_offset
+
+
+def layers_drawn(share: float, layers: int) -> int:
+    """How many of `layers` are drawn for full attention at each forward pass; one at least, where `share` is not 0.
+
+    >>> layers_drawn(0.17, 6), layers_drawn(0.17, 32), layers_drawn(0.01, 6), layers_drawn(0, 6)
+    (1, 5, 1, 0)
+    """
+    return min(layers, max(1, round(share * layers))) if share else 0
 
 
 @dataclass(frozen=True)
@@ -176,24 +185,25 @@ def head_sets(
     options.check(pattern)
     offset = draw.place(layer, "offset") if options.vary_offset else ""
 
-    def contiguous(kind: str) -> Cut:
-        return Cut(kind, offset_seed=offset, sink_tokens=options.sink_tokens)
-
-    def scattered(quarter: int) -> Cut:
+    def contiguous(kind: str, which: int = 0) -> Cut:
+        cut = Cut(kind, offset_seed=offset, sink_tokens=options.sink_tokens)
+        pieces = 0 if (pattern, kind) == ("scatter", "plain") else options.pieces(pattern)
+        if not pieces:
+            return cut
         return replace(
-            contiguous("scatter"),
-            pieces=options.scatter_pieces,
+            cut,
+            pieces=pieces,
             piece_size=options.scatter_piece_size,
             weighed=options.scatter_weighted,
-            seed=draw.place(layer, quarter),
+            seed=draw.place(layer, which),
         )
 
     if pattern == "scatter":
         first_scattered = 2 if options.scatter_heads == "half" else 0
-        cuts = [scattered(q) if q >= first_scattered else contiguous("plain") for q in range(4)]
+        cuts = [contiguous("scatter" if q >= first_scattered else "plain", q) for q in range(4)]
         return _joined(_quarters(heads, key_heads, cuts), heads // key_heads)
     if pattern == "shift":
-        return _halves(heads, key_heads, contiguous("plain"), contiguous("shifted"))
+        return _halves(heads, key_heads, contiguous("plain", 0), contiguous("shifted", 1))
     if pattern == "cyclic":
         return _halves(heads, key_heads, Cut("plain"), Cut("rolled"))
     if pattern == "strided":

@@ -4,6 +4,7 @@ No class is patched. A hook before each forward chooses the implementation by th
 model's ordinary attention itself. The paper trains with S2-Attn and keeps full attention for inference (section 3.2).
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -18,7 +19,7 @@ from longlora.attention.block_attention import block_attention
 from longlora.attention.kernels import EagerKernel, SdpaKernel
 from longlora.attention.layout import Documents, documents_from_model_inputs, plan
 from longlora.attention.local_attention import local_attention
-from longlora.attention.patterns import FIRST_DRAW, PLAIN, Draw, random_choices, warn_of_leak
+from longlora.attention.patterns import FIRST_DRAW, PLAIN, Draw, layers_drawn, random_choices, warn_of_leak
 from longlora.errors import UserError, check_choice
 from longlora.positions import present_context
 from longlora.settings import PATTERNS, PatternOptions
@@ -49,6 +50,8 @@ class ShiftedAttentionState:
     options: PatternOptions
     full_layers: frozenset[int]
     """Ordinals of the layers that keep full attention."""
+    full_layers_share: float = 0.0
+    """Share of the other layers, drawn anew for each forward pass, that has full attention in it."""
     draw: Draw = FIRST_DRAW
     """What the random choices of the present forward pass are drawn from."""
     served: int = 0
@@ -56,6 +59,16 @@ class ShiftedAttentionState:
     handles: list[RemovableHandle] = field(default_factory=list)
     seen: tuple[Tensor | None, Tensor | None, int, Documents] | None = None
     """Mask, positions, length and documents of the last call: the layers of one forward pass share them."""
+
+    def is_full(self, ordinal: int) -> bool:
+        """Whether this layer has full attention in the present forward pass."""
+        if ordinal in self.full_layers:
+            return True
+        others = [layer for layer in range(len(self.global_layers)) if layer not in self.full_layers]
+        chosen = random.Random(self.draw.place("full layers")).sample(
+            others, layers_drawn(self.full_layers_share, len(others))
+        )
+        return ordinal in chosen
 
     def documents(self, rows: int, length: int, mask: Tensor | None, positions: Tensor | None) -> Documents:
         if self.seen and self.seen[0] is mask and self.seen[1] is positions and self.seen[2] == length:
@@ -75,6 +88,7 @@ def use_shifted_attention(
     inference: bool = False,
     options: PatternOptions = PLAIN,
     full_layers: Sequence[int] = (),
+    full_layers_share: float = 0.0,
     draw: Draw = FIRST_DRAW,
 ) -> nn.Module:
     """Let `model` train with S2-Attn: `model.train()` uses it, `model.eval()` the model's ordinary full attention.
@@ -89,6 +103,7 @@ def use_shifted_attention(
         options: additions to the pattern.
         full_layers: layers that keep full attention, counted from 0 (negative: from the last, -1) among those that
             have it in the model itself.
+        full_layers_share: share of the other layers, drawn anew for each forward pass, that has full attention in it.
         draw: what random choices are drawn from. Each forward pass in training takes the next `turn` of it.
 
     Returns:
@@ -120,9 +135,8 @@ def use_shifted_attention(
     ordinary = previous.ordinary if previous else present if present != IMPLEMENTATION else "sdpa"
     layers = _global_layers(config)
     full = _counted_from_first(full_layers, len(layers))
-    state = ShiftedAttentionState(
-        group_size, pattern, inference, ordinary, layers, options, full, replace(draw, turn=draw.turn - 1)
-    )
+    state = ShiftedAttentionState(group_size, pattern, inference, ordinary, layers, options, full, full_layers_share)
+    state.draw = replace(draw, turn=draw.turn - 1)
     for module in base.modules():
         if hasattr(module, "layer_idx") or module is base:
             setattr(module, _STATE, state)
@@ -258,7 +272,7 @@ def shifted_attention_forward(
             )
         output = local_attention(query, key, value, documents, sliding_window, kernel)
         return output.transpose(1, 2).contiguous(), None
-    if ordinal is None or ordinal in state.full_layers or state.pattern == "full":
+    if ordinal is None or state.pattern == "full" or state.is_full(ordinal):
         plans = plan(documents, length, heads, key.shape[1], state.group_size, "full")
     else:
         plans = plan(

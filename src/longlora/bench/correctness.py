@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from longlora.attention.patterns import head_sets, partition
+
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Query (B, H, N, D), key and value (B, Hkv, N, D) -> (B, H, N, D)."""
 
@@ -52,7 +54,10 @@ def find_wrong(
             k, v = (x[row, key_head].detach().double() for x in (key, value))
             key_sum, value_sum = torch.zeros_like(torch.stack([k, k])), torch.zeros_like(torch.stack([v, v]))
             for head in range(key_head * heads // key_heads, (key_head + 1) * heads // key_heads):
-                seen = _sees(_cut_of_head(pattern, head, heads, key_heads, layer), at, length, group_size)
+                if pattern == "scatter":
+                    seen = _sees_scattered(head, heads, key_heads, layer, at, length, group_size)
+                else:
+                    seen = _sees(_cut_of_head(pattern, head, heads, key_heads, layer), at, length, group_size)
                 q, w = (x[row, head, at].detach().double() for x in (query, weights))
                 out, dq, dk, dv = _reference(q, k, v, w, seen)
                 spread = dq.new_zeros(2, length, dq.shape[2]).index_copy(1, at, dq)
@@ -108,6 +113,24 @@ def _sees(cut: str | int, queries: Tensor, length: int, group_size: int) -> Tens
     else:
         block = i // (group_size * int(cut)) * int(cut) + i % int(cut)
     return (block == block[queries, None]) & (order <= order[queries, None])
+
+
+def _sees_scattered(
+    head: int, heads: int, key_heads: int, layer: int, queries: Tensor, length: int, group_size: int
+) -> Tensor:
+    """As `_sees`, for `scatter`: the half-group itself, and what was drawn for it, which only the draw can tell."""
+    i = torch.arange(length, device=queries.device)
+    if length <= group_size:
+        return i <= queries[:, None]
+    block = i // (group_size // 2)
+    seen = (block == block[queries, None]) & (i <= queries[:, None])
+    sets = head_sets("scatter", heads, key_heads, layer)
+    (cut,) = {each.cut for each in sets if each.query_start <= head < each.query_stop}
+    for read in partition(cut, length, group_size).reads:
+        inside = (queries >= read.query_start) & (queries < read.query_stop)
+        for start, stop in read.pieces:
+            seen |= inside[:, None] & (i >= start) & (i < stop)
+    return seen
 
 
 def _reference(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, seen: Tensor) -> list[Tensor]:

@@ -35,10 +35,12 @@ def table(document: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "bound: dense causal attention of the groups, nothing else. Peak memory: what forward + backward add.",
+        "bound: dense causal attention of the groups, nothing else; of scatter: full attention's time for as many "
+        "query-key pairs.",
+        "Peak memory: what forward + backward add.",
     ]
     return "\n".join(lines)
 
 
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"
+def _mebibytes(count: int | None) -> str:
+    return "–" if count is None else f"{count / 2**20:,.1f} MiB"

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from longlora.attention.patterns import Cut, HeadSet, head_sets, partition
+from longlora.attention.patterns import PLAIN, Cut, HeadSet, head_sets, partition, random_choices
 from longlora.report.reading import at, whole
 from longlora.report.svg import Drawing
+from longlora.settings import PatternOptions
 
 TOKENS = 16
 """Rows and columns of a picture."""
@@ -21,6 +22,7 @@ _CUTS = {
     "shifted": "groups shifted by half a group",
     "rolled": "rolled by half a group: the first tokens share a group with the last",
     "strided": "tokens a fixed stride apart",
+    "scatter": "half-groups side by side",
 }
 
 _SHARES = {(1, 1): "all heads", (1, 2): "half of the heads", (1, 4): "a quarter of the heads"}
@@ -46,24 +48,26 @@ def group_in_picture(group_size: int, context: int) -> int:
     return min(TOKENS, max(2, round(TOKENS * group_size / context)))
 
 
-def panels(pattern: str, group: int, config: dict[str, Any]) -> list[Panel]:
+def panels(pattern: str, group: int, config: dict[str, Any], options: PatternOptions = PLAIN) -> list[Panel]:
     """A panel for each way in which `pattern` cuts `TOKENS` tokens into groups of `group`.
 
     Args:
         pattern: a name of `longlora.settings.PATTERNS`.
         group: tokens a group in the picture.
         config: the model's config.json; its head counts are used where it has them.
+        options: additions to the pattern, in tokens of the picture; what is drawn at random is one draw of many.
 
     Raises:
-        UserError: unknown pattern.
+        UserError: unknown pattern, or an option that it cannot have.
     """
     text = config.get("text_config", config)
     heads = whole(at(text, "num_attention_heads"))
     key_heads = whole(at(text, "num_key_value_heads")) or heads
     known = heads is not None and key_heads is not None and heads % key_heads == 0
     sizes = (heads, key_heads) if known and heads and key_heads else (8, 8)
-    even, odd = (head_sets(pattern, *sizes, layer=layer) for layer in (0, 1))
-    layers = [("", even)] if even == odd else [("even layers, ", even), ("odd layers, ", odd)]
+    even, odd = (head_sets(pattern, *sizes, layer=layer, options=options) for layer in (0, 1))
+    alike = even == odd or (random_choices(pattern, options) and pattern != "shift-layers")
+    layers = [("", even)] if alike else [("even layers, ", even), ("odd layers, ", odd)]
     return [
         _panel(layer + _heads(sets, sizes[0], known), cut, group)
         for layer, all_sets in layers
@@ -72,14 +76,22 @@ def panels(pattern: str, group: int, config: dict[str, Any]) -> list[Panel]:
 
 
 def seen(cut: Cut, tokens: int, group: int) -> Iterator[tuple[int, int, int]]:
-    """`(i, j, block)` for every token `i` and each token `j` that it sees, both in the same block."""
+    """`(i, j, block)` for every token `i`, in `block`, and each token `j` that it sees."""
     cuts = partition(cut, tokens, group)
     order = range(tokens) if cuts.order is None else cuts.order.tolist()
-    start = 0
+    start, blocks = 0, {}
     for block, length in enumerate(cuts.lengths):
+        blocks[start] = block
         members = order[start : start + length]
         yield from ((token, earlier, block) for rank, token in enumerate(members) for earlier in members[: rank + 1])
         start += length
+    for read in cuts.reads:
+        yield from (
+            (token, earlier, blocks[read.query_start])
+            for token in range(read.query_start, read.query_stop)
+            for piece in read.pieces
+            for earlier in range(*piece)
+        )
 
 
 def _by_cut(sets: Sequence[HeadSet]) -> list[tuple[Cut, list[HeadSet]]]:
@@ -104,6 +116,15 @@ def _panel(who: str, cut: Cut, group: int) -> Panel:
     what = _CUTS.get(cut.kind, cut.kind)
     if cut.kind == "dilated":
         what = "groups side by side" if cut.dilation == 1 else f"every {_ordinal(cut.dilation)} token"
+    what += "".join(
+        words
+        for words, given in (
+            (", from a place drawn anew", cut.offset_seed),
+            (", with the first tokens", cut.sink_tokens),
+            (f", with {cut.pieces} earlier {'piece' if cut.pieces == 1 else 'pieces'} drawn at random", cut.pieces),
+        )
+        if given
+    )
     cells = list(seen(cut, TOKENS, group))
     side, gap = 12, 1
     size = TOKENS * side

@@ -5,6 +5,7 @@ To add one, write its function and `templates/NAME.html.j2`, and list it in `SEC
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from longlora.errors import UserError
@@ -12,6 +13,7 @@ from longlora.report import attention_picture, recipe
 from longlora.report.perplexity_section import perplexity
 from longlora.report.reading import Content, Recorded, whole
 from longlora.report.training_section import cost, trainable, training
+from longlora.settings import PatternOptions
 
 
 def attention(run: Recorded) -> Content:
@@ -23,7 +25,7 @@ def attention(run: Recorded) -> Content:
     group = group or whole(run.settings.get("group_size")) or max(2, context // 4)
     small = attention_picture.group_in_picture(group, context)
     try:
-        panels = attention_picture.panels(pattern, small, run.config)
+        panels = attention_picture.panels(pattern, small, run.config, _options_in_picture(run, context))
     except UserError as error:
         return f"Attention: the pattern cannot be drawn ({error})"
     exact = small * context == attention_picture.TOKENS * group
@@ -39,6 +41,18 @@ def attention(run: Recorded) -> Content:
         "grouped": pattern != "full",
         "mixed": len(panels) > 1,
     }
+
+
+def _options_in_picture(run: Recorded, context: int) -> PatternOptions:
+    """The run's additions to its pattern, sizes scaled to the picture but never to nothing."""
+    given = {field.name: run.settings[field.name] for field in fields(PatternOptions) if field.name in run.settings}
+    for name in ("scatter_pieces", "scatter_piece_size", "sink_tokens"):
+        if given.get(name) and whole(given[name]) is None:
+            raise UserError(f"{name} is {given[name]!r}, no whole number")
+    for name in ("scatter_piece_size", "sink_tokens"):
+        if given.get(name):
+            given[name] = max(1, round(given[name] * attention_picture.TOKENS / context))
+    return PatternOptions(**given)
 
 
 def do_it(run: Recorded) -> Content:

@@ -33,8 +33,9 @@ class PositionSettings:
 class PatternOptions:
     """What may be added to a pattern of attention; the defaults add nothing."""
 
-    scatter_pieces: int = 1
-    """Earlier pieces that a block of `scatter` reads besides itself, drawn anew for each step, layer and head set."""
+    scatter_pieces: int | None = None
+    """Earlier pieces that every block reads besides itself, drawn anew for each step, layer and set of heads; default
+    1 for `scatter`, none for the others."""
 
     scatter_piece_size: int | None = None
     """Tokens a piece; default half a group."""
@@ -52,7 +53,8 @@ class PatternOptions:
     """Begin the groups at a place drawn anew for each step and layer, instead of at a document's first token."""
 
     def __post_init__(self) -> None:
-        at_least("scatter-pieces", self.scatter_pieces, 1, "pieces")
+        if self.scatter_pieces is not None:
+            at_least("scatter-pieces", self.scatter_pieces, 1, "pieces")
         if self.scatter_piece_size is not None:
             at_least("scatter-piece-size", self.scatter_piece_size, 1, "tokens")
         check_choice("--scatter-heads", self.scatter_heads, ("all", "half"))
@@ -61,11 +63,20 @@ class PatternOptions:
     def check(self, pattern: str) -> None:
         """Raises UserError where an option was given that `pattern` cannot have."""
         for field in fields(self):
-            given = getattr(self, field.name)
-            able = ("scatter",) if field.name.startswith("scatter") else CONTIGUOUS
-            if given != field.default and pattern not in able:
-                flag = "--" + field.name.replace("_", "-")
+            if getattr(self, field.name) == field.default:
+                continue
+            flag = "--" + field.name.replace("_", "-")
+            able = ("scatter",) if field.name == "scatter_heads" else CONTIGUOUS
+            if pattern not in able:
                 raise UserError(f"{flag} is for the patterns {', '.join(able)}: the pattern is '{pattern}'.")
+            if field.name in ("scatter_piece_size", "scatter_weighted") and not self.pieces(pattern):
+                raise UserError(
+                    f"{flag} says what scattered pieces are like, and there are none: give --scatter-pieces."
+                )
+
+    def pieces(self, pattern: str) -> int:
+        """Earlier pieces that a block of `pattern` reads."""
+        return int(pattern == "scatter") if self.scatter_pieces is None else self.scatter_pieces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +101,13 @@ class AttentionSettings:
     full_attention_layers: Tokens = ()
     """Layers that train with full attention throughout, counted from 0; negative ones from the last, -1."""
 
+    full_layers_share: float = 0.0
+    """Share of the layers, drawn anew for each forward pass, that have full attention in it (0 to 1)."""
+
     def __post_init__(self) -> None:
         check_choice("--pattern", self.pattern, PATTERNS)
+        if not 0 <= self.full_layers_share <= 1:
+            raise UserError(f"--full-layers-share is {self.full_layers_share}: it must be a share from 0 to 1.")
         self.options.check(self.pattern)
         at_least("full-attention-steps", self.full_attention_steps, 0, "steps")
         if self.group_size is not None:
