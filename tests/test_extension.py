@@ -113,10 +113,12 @@ def adapter_weights(run):
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
 
-def test_a_killed_run_resumes_to_the_same_result(base_folder, documents, tmp_path):
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_killed_run_resumes_to_the_same_result(base_folder, documents, tmp_path, drawn):
+    random_choices = {"pattern": "scatter", "vary_offset": True, "full_layers_share": 0.5} if drawn else {}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    main(command(base_folder, documents, whole, steps=6))
-    words = command(base_folder, documents, killed, steps=6)
+    main(command(base_folder, documents, whole, steps=6, **random_choices))
+    words = command(base_folder, documents, killed, steps=6, **random_choices)
     process = subprocess.Popen([sys.executable, "-m", "longlora", *words], stderr=subprocess.DEVNULL)
     while RunDirectory(killed).last_checkpoint() is None and process.poll() is None:
         time.sleep(0.01)
@@ -128,6 +130,17 @@ def test_a_killed_run_resumes_to_the_same_result(base_folder, documents, tmp_pat
     theirs = adapter_weights(whole)
     for name, weight in adapter_weights(killed).items():
         torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-6)
+
+
+def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
+    run = RunDirectory(tmp_path)
+    for step, state, config in ((2, "{}", "{}"), (10, "{}", ""), (12, '{"epoch": 0.', "{}"), (14, "{}", None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(state)
+        if config is not None:
+            (folder / "config.json").write_text(config)
+    assert run.last_checkpoint() == tmp_path / "checkpoint-2"
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "isolate"])
@@ -210,7 +223,7 @@ def failing(words, capsys):
         ({"context": 64}, "--context is 64: it must be above the window"),
         ({"context": 32}, "--context is 32: it must be above the window"),
         ({"group_size": 1}, "--group-size is 1: it must be at least 2"),
-        ({"group_size": 512}, "--group-size is 512: it must be at most the context"),
+        ({"group_size": 512}, "--group-size is 512: it must be at most the tokens of a row, 256"),
         ({"pattern": "shfit"}, "Did you mean 'shift'?"),
         ({"method": "linaer"}, "Did you mean 'linear'?"),
         ({"train": "lora,nrom"}, "Did you mean 'norm'?"),
@@ -326,9 +339,9 @@ def test_full_attention_comes_last_and_also_after_a_resume(base_folder, document
     patterns = []
     plan = backend.plan
 
-    def watched(documents, length, heads, key_heads, group, pattern, layer=0):
+    def watched(documents, length, heads, key_heads, group, pattern, *more):
         patterns.append(pattern)
-        return plan(documents, length, heads, key_heads, group, pattern, layer)
+        return plan(documents, length, heads, key_heads, group, pattern, *more)
 
     monkeypatch.setattr(backend, "plan", watched)
     options = {"full_attention_steps": 2, "save_every": 3, "gradient_checkpointing": None}
@@ -393,3 +406,41 @@ def test_running_out_of_memory_is_a_sentence(base_folder, documents, tmp_path, c
     error = failing(command(base_folder, documents, tmp_path / "run"), capsys)
     assert "out of memory (CUDA out of memory)" in error
     assert "lower --device-batch" in error
+
+
+def test_short_rows_with_skipping_positions_train_for_the_whole_context(base_folder, documents, tmp_path, capsys):
+    run = tmp_path / "run"
+    main([*command(base_folder, documents, run, row_tokens=64, full_layers_share=0.5), "--json"])
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["training"]["tokens"] == 4 * 2 * 64
+    assert summary["attention"]["group_size"] == 16
+    assert json.loads((run / "adapter" / "config.json").read_text())["max_position_embeddings"] == 256
+    main([*command(base_folder, documents, tmp_path / "plain", context=256), "--json"])
+    assert losses(run) != losses(tmp_path / "plain")
+
+
+def test_row_tokens_that_do_not_fit_are_refused(base_folder, documents, tmp_path, capsys):
+    words = command(base_folder, documents, tmp_path / "run", row_tokens=300)
+    assert "--row-tokens is 300: it must be from 2 tokens to the context, 256" in failing(words, capsys)
+    words = command(base_folder, documents, tmp_path / "run", row_tokens=64, packing="isolate")
+    assert "give --packing concatenate with it" in failing(words, capsys)
+
+
+@pytest.mark.parametrize("name", ["best", "paper"])
+def test_a_recipe_of_the_package_is_where_settings_start(name):
+    from longlora.cli import parse
+    from longlora.settings import RECIPES
+
+    assert name in RECIPES
+    words = f"extend demo --data stdlib --context 4096 --output x --recipe {name}".split()
+    settings = parse(words)[1]
+    assert settings.recipe == name
+    assert (settings.positions.method == "linear") == (name == "paper")
+    assert (settings.attention.full_layers_share > 0) == (name == "best")
+    assert parse([*words, "--method", "ntk"])[1].positions.method == "ntk"
+
+
+def test_an_unknown_recipe_names_the_nearest(capsys):
+    assert "Did you mean 'best'?" in failing(
+        "extend demo --recipe bset --data x --context 9 --output x".split(), capsys
+    )

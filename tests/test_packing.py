@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longlora.corpus.packing import PackedRows, describe, pack
+from longlora.corpus.skipping import skipped_positions
 from longlora.corpus.tokens import TokenizedCorpus
 from longlora.errors import UserError
 
@@ -300,3 +301,28 @@ def test_a_million_pieces_in_seconds():
     rows = pack(corpus, context=4_096, packing="isolate")
     assert time.process_time() - began < 10  # measured: 1.5
     assert describe(rows)["padding_share"] < 0.01
+
+
+def test_skipped_positions_rise_stay_below_the_context_and_meet_every_distance():
+    seen = set()
+    for seed in range(3000):
+        positions = skipped_positions(8, 32, str(seed))
+        assert positions[0] == 0
+        assert positions[-1] < 32
+        steps = np.diff(positions)
+        assert (steps >= 1).all()
+        assert (steps > 1).sum() <= 1
+        seen |= {int(b - a) for a in positions for b in positions if b > a}
+    assert seen == set(range(1, 32))
+
+
+def test_rows_with_skipping_positions_keep_their_tokens():
+    corpus = corpus_of([30, 50, 20])
+    rows = pack(corpus, context=8, seed=0)
+    before = [row["input_ids"].tolist() for row in rows]
+    rows.skip_positions(64, seed=3)
+    assert [row["input_ids"].tolist() for row in rows] == before
+    positions = [row["position_ids"].tolist() for row in rows]
+    assert positions == [row["position_ids"].tolist() for row in rows]
+    assert len({tuple(row) for row in positions}) > 1
+    assert max(max(row) for row in positions) > 8

@@ -21,12 +21,13 @@ from longlora.corpus.tokens import tokenize_corpus
 from longlora.errors import UserError
 from longlora.evaluation.command import perplexity_table
 from longlora.evaluation.perplexity import default_contexts, perplexity, perplexity_report
+from longlora.losses import unwrapped
 from longlora.models import load, load_config
 from longlora.positions import PositionExtension, extend_positions, present_context
 from longlora.report.page import write_report
 from longlora.run_directory import RunDirectory
 from longlora.settings import ExtendSettings, PerplexitySettings
-from longlora.training import refuse_missing_trackers, train
+from longlora.training import document_loss, refuse_missing_trackers, train
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +54,11 @@ def extend(settings: ExtendSettings) -> dict[str, Any]:
     """
     _refuse_early(settings)
     run = RunDirectory(settings.output)
-    with run.locked(), _nothing_left_behind(run):
+    with run.locked(), nothing_left_behind(run):
         run.begin("extend", flat(settings), settings.training.resume)
         model, tokenizer = load_for_training(settings)
         # here already, so that a model that cannot be served is refused before hours of work
-        use_shifted_attention(model, settings.attention.tokens_per_group(settings.positions.context))
+        use_shifted_attention(model, settings.attention.tokens_per_group(settings.positions.tokens_per_row))
         data = prepare_data(settings, tokenizer, model)
         measured = _measured_contexts(settings, model, data)
         evaluation = {}
@@ -96,21 +97,15 @@ def train_extension(
     set_seed(settings.training.seed)
     context = settings.positions.context
     trainee = add_adapters_from(settings.trainable, model)
-    trainable = trainable_summary(trainee)
-    logger.info(
-        "training %s of %s parameters (%.2f%%): %s",
-        f"{trainable['trainable']:,}",
-        f"{trainable['parameters']:,}",
-        100 * trainable["share"],
-        ", ".join(f"{name} {count:,}" for name, count in trainable["groups"].items()),
-    )
+    trainable = announce_trainable(trainee)
+    long = [ids for ids in data.held_out if len(ids) >= context][:8]
     trained = train(
         trainee,
         data.rows,
         settings.training,
         settings.attention,
         run,
-        held_out=[ids for ids in data.held_out if len(ids) >= context][:8],
+        held_out_loss=document_loss(long, settings.positions.tokens_per_row) if long else None,
         in_order=settings.corpus.prefer_long,
     )
     save_result(trainee, tokenizer, run, context)
@@ -119,11 +114,25 @@ def train_extension(
         "output": str(run.path),
         "model": settings.model,
         "positions": asdict(extension),
-        "attention": asdict(settings.attention) | {"group_size": settings.attention.tokens_per_group(context)},
+        "attention": asdict(settings.attention)
+        | {"group_size": settings.attention.tokens_per_group(settings.positions.tokens_per_row)},
         "trainable": trainable,
         "training": trained,
         "data": {"name": ", ".join(settings.corpus.data), **describe(data.rows)},
     }
+
+
+def announce_trainable(trainee: nn.Module) -> dict[str, Any]:
+    """`trainable_summary`, which is also logged."""
+    trainable = trainable_summary(trainee)
+    logger.info(
+        "training %s of %s parameters (%.2f%%): %s",
+        f"{trainable['trainable']:,}",
+        f"{trainable['parameters']:,}",
+        100 * trainable["share"],
+        ", ".join(f"{name} {count:,}" for name, count in trainable["groups"].items()),
+    )
+    return trainable
 
 
 def prepare_data(settings: ExtendSettings, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Data:
@@ -145,20 +154,17 @@ def prepare_data(settings: ExtendSettings, tokenizer: PreTrainedTokenizerBase, m
         held_out = [training.document(index) for index in kept]
         chosen = np.setdiff1d(chosen, kept)
         largest = training.largest_token
-    embedded = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-    if largest >= embedded:
-        raise UserError(
-            f"the tokenizer makes token {largest:,} but the model embeds only {embedded:,}: give the tokenizer that "
-            f"belongs to {settings.model}."
-        )
+    refuse_unknown_token(largest, model, settings.model)
     rows = pack(
         training,
         documents=chosen,
-        context=context,
+        context=settings.positions.tokens_per_row,
         packing=corpus.packing,
         prefer_long=corpus.prefer_long,
         seed=settings.training.seed,
     )
+    if settings.positions.row_tokens is not None:
+        rows.skip_positions(context, settings.training.seed)
     facts = describe(rows)
     logger.info(
         "%s documents, %s tokens, %s rows of %s tokens%s",
@@ -172,6 +178,16 @@ def prepare_data(settings: ExtendSettings, tokenizer: PreTrainedTokenizerBase, m
     if epochs > 1:
         logger.info("training passes over these rows %.1f times; more data or fewer --steps avoids that", epochs)
     return Data(rows, held_out, ", ".join(settings.evaluation_data or corpus.data))
+
+
+def refuse_unknown_token(largest: int, model: nn.Module, name: str) -> None:
+    """Raises UserError when the model has no embedding for token `largest`, the largest of its data."""
+    embedded = cast(nn.Embedding, unwrapped(model).get_input_embeddings()).num_embeddings
+    if largest >= embedded:
+        raise UserError(
+            f"the tokenizer makes token {largest:,} but the model embeds only {embedded:,}: give the tokenizer that "
+            f"belongs to {name}."
+        )
 
 
 def measure(
@@ -257,11 +273,10 @@ def _refuse_early(settings: ExtendSettings) -> None:
             f"--context is {settings.positions.context:,}: it must be above the window that {settings.model} has, "
             f"{window:,} tokens."
         )
-    group = settings.attention.tokens_per_group(settings.positions.context)
-    if group > settings.positions.context:
-        raise UserError(
-            f"--group-size is {group:,}: it must be at most the context, {settings.positions.context:,} tokens."
-        )
+    row = settings.positions.tokens_per_row
+    group = settings.attention.tokens_per_group(row)
+    if group > row:
+        raise UserError(f"--group-size is {group:,}: it must be at most the tokens of a row, {row:,}.")
     if settings.attention.full_attention_steps > settings.training.steps:
         raise UserError(
             f"--full-attention-steps is {settings.attention.full_attention_steps:,}: it must be at most --steps, "
@@ -302,7 +317,7 @@ def _measured_contexts(settings: ExtendSettings, model: PreTrainedModel, data: D
 
 
 @contextmanager
-def _nothing_left_behind(run: RunDirectory) -> Iterator[None]:
+def nothing_left_behind(run: RunDirectory) -> Iterator[None]:
     """A mistake met before the first checkpoint leaves nothing, so that the mended command can use the same folder."""
     existed = run.settings_file.exists()
     try:

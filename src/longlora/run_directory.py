@@ -24,9 +24,10 @@ import yaml
 from longlora.errors import UserError
 
 MAY_CHANGE_ON_RESUME = frozenset(
-    "resume steps device_batch save_every evaluate_every report_to cache gradient_checkpointing loss_chunk".split()
+    "resume steps epochs device_batch save_every evaluate_every report_to cache gradient_checkpointing "
+    "loss_chunk".split()
 )
-"""Settings that do not change what a resumed run computes (or, like `steps`, only how long)."""
+"""Settings that do not change what a resumed run computes (or, like `steps` and `epochs`, only how long)."""
 
 _VERSIONED = ("longlora", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
@@ -128,9 +129,9 @@ class RunDirectory:
         return settings
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written whole (the Trainer writes its state last), or None."""
-        whole = [folder for folder in self.path.glob("checkpoint-*") if (folder / "trainer_state.json").exists()]
-        return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+        """The newest checkpoint that was written whole, or None."""
+        folders = sorted(self.path.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+        return next((folder for folder in reversed(folders) if _is_whole(folder)), None)
 
     def record_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
@@ -164,6 +165,16 @@ class RunDirectory:
     def read_evaluation(self, name: str) -> dict[str, Any] | None:
         file = self.evaluation / f"{name}.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the two files that are written last, the Trainer's state and then the config, are there to their end."""
+    try:
+        for name in ("trainer_state.json", "config.json"):
+            json.loads((checkpoint / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def versions() -> dict[str, str]:

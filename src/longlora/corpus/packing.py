@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from longlora.corpus.skipping import skipped_positions
 from longlora.corpus.tokens import TokenizedCorpus
 from longlora.errors import UserError, check_choice
 from longlora.settings import PACKINGS
@@ -49,12 +50,20 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         self.starts, self.lengths, self.bounds = starts, lengths, bounds
         self.document_lengths = document_lengths
         self.dropped_tokens = int(document_lengths.sum() - lengths.sum())
+        self._reach: int | None = None
+        self._seed = 0
+
+    def skip_positions(self, context: int, seed: int) -> None:
+        """Let the positions of each row skip, so that they reach over `context` tokens (`longlora.corpus.skipping`)."""
+        assert not self.isolated, "documents kept apart have positions of their own"
+        self._reach, self._seed = context, seed
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Row `index`: `input_ids` and `labels`, (context,) int64; isolated also `position_ids` and `attention_mask`.
+        """Row `index`: `input_ids` and `labels`, (context,) int64; isolated also `position_ids` and `attention_mask`,
+        and with skipping positions `position_ids`.
 
         Raises:
             IndexError: there is no such row.
@@ -77,6 +86,9 @@ class PackedRows(Dataset[dict[str, Tensor]]):
             positions[at:] = np.arange(self.context - at)
             row["position_ids"] = torch.from_numpy(positions)
             row["attention_mask"] = (torch.arange(self.context) < at).long()
+        if self._reach is not None:
+            skipped = skipped_positions(self.context, self._reach, f"{self._seed}/{index}")
+            row["position_ids"] = torch.from_numpy(skipped)
         return row
 
 
@@ -194,7 +206,7 @@ def _isolate(
     starts, lengths, rows_of_pieces, rows = [], [], [], 0
     for part in parts:
         part_starts, part_lengths = _pieces(corpus, part, context)
-        row_of_piece = _best_fit_decreasing(part_lengths, context)
+        row_of_piece = best_fit_decreasing(part_lengths, context)
         part_rows = int(row_of_piece.max(initial=-1)) + 1
         starts.append(part_starts)
         lengths.append(part_lengths)
@@ -219,7 +231,7 @@ def _pieces(corpus: TokenizedCorpus, documents: np.ndarray, context: int) -> tup
     return starts[kept], lengths[kept]
 
 
-def _best_fit_decreasing(lengths: np.ndarray, context: int) -> np.ndarray:
+def best_fit_decreasing(lengths: np.ndarray, context: int) -> np.ndarray:
     """The row of each piece: longest pieces first, each into the fullest row that still holds it, else a new row.
 
     Pieces of one length are placed together, as many into a row as it holds, so the loop runs once a row and length

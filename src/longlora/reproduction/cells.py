@@ -117,7 +117,7 @@ def run_cell(cell: Cell, measure: Measure) -> None:
         run.begin("reproduce", flat(settings), resume)
         model, tokenizer = load_for_training(settings)
         data = prepare_data(settings, tokenizer, model)
-        cost = attention_cost(settings.attention, settings.training, settings.positions.context, model.config)
+        cost = attention_cost(settings.attention, settings.training, settings.positions.tokens_per_row, model.config)
         extension = extend_positions(model, settings.positions.context, settings.positions.method)
         trained, summary = train_extension(model, tokenizer, settings, run, data, extension)
         began = time.monotonic()

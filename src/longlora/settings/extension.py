@@ -10,6 +10,9 @@ from longlora.settings.evaluation import PerplexitySettings
 from longlora.settings.fields import DTYPES, CommandSettings, LoadSettings, Names, at_least, choice
 from longlora.settings.model import AttentionSettings, CorpusSettings, PositionSettings
 
+RECIPES = ("best", "paper")
+"""Recipes in the package, `assets/recipes/NAME.yaml`."""
+
 TRAINABLE = ("lora", "norm", "embed", "full")
 
 
@@ -42,11 +45,8 @@ class TrainableSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
+class OptimisationSettings:
     """Optimisation, by default the paper's recipe (section 4.1 and appendix B.2)."""
-
-    steps: int = 1000
-    """Optimiser steps (paper section 4.1)."""
 
     batch: int = 64
     """Rows of `context` tokens an optimiser step, over all devices (paper section 4.1: global batch 64)."""
@@ -106,12 +106,24 @@ class TrainingSettings:
     """Go on from the last checkpoint in the output folder."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "device_batch", "loss_chunk", "save_every"):
+        for name in ("batch", "device_batch", "loss_chunk", "save_every"):
             at_least(name.replace("_", "-"), getattr(self, name), 1)
         if self.batch % self.device_batch:
             raise UserError(f"--batch is {self.batch}: it must be a multiple of --device-batch, {self.device_batch}.")
         check_choice("--schedule", self.schedule, ("constant", "linear", "cosine"))
         check_choice("--dtype", self.dtype, ("float32", "bfloat16", "float16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(OptimisationSettings):
+    """`OptimisationSettings` for so many steps."""
+
+    steps: int = 1000
+    """Optimiser steps (paper section 4.1)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("steps", self.steps, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +135,10 @@ class ExtendSettings(CommandSettings):
 
     output: str
     """Run directory to create."""
+
+    recipe: Annotated[str | None, choice(RECIPES)] = None
+    """Settings to start from: `best`, the training attention that came nearest to full attention in our study, or
+    `paper`, the paper's own choices; `config` and flags override them."""
 
     evaluation_data: tuple[str, ...] = ()
     """Documents to measure on, as for `data`; default a sixteenth of `data`, held out from training by name."""
@@ -138,6 +154,10 @@ class ExtendSettings(CommandSettings):
     def __post_init__(self) -> None:
         if not self.corpus.data:
             raise UserError("--data is missing: name files, folders, hub:NAME, or stdlib to train on.")
+        if self.positions.row_tokens is not None and self.corpus.packing == "isolate":
+            raise UserError(
+                "--row-tokens skips positions in rows that are one text: give --packing concatenate with it."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,22 @@ class PositionSettings:
     method: Annotated[str, choice(METHODS)] = "yarn"
     """RoPE extension: `linear` is the paper's Position Interpolation (arXiv 2306.15595), `yarn` is arXiv 2309.00071."""
 
+    row_tokens: int | None = None
+    """Train on rows of this many tokens whose positions skip, so that they reach over the whole context (PoSE, arXiv
+    2309.10400); default rows of `context` tokens, whose positions do not."""
+
     def __post_init__(self) -> None:
         at_least("context", self.context, 2, "tokens")
         check_choice("--method", self.method, METHODS)
+        if self.row_tokens is not None and not 2 <= self.row_tokens <= self.context:
+            raise UserError(
+                f"--row-tokens is {self.row_tokens:,}: it must be from 2 tokens to the context, {self.context:,}."
+            )
+
+    @property
+    def tokens_per_row(self) -> int:
+        """Tokens of a training row."""
+        return self.row_tokens or self.context
 
 
 @dataclass(frozen=True, kw_only=True)
