@@ -185,7 +185,7 @@ def test_a_folder_is_walked_in_order_and_what_is_passed_over_is_counted(tmp_path
         ("sub/deep/a.rst", "deep"), ("z/a.txt", "z"),
     ]  # fmt: skip
     (record,) = caplog.records
-    assert "3 empty documents, 1 files (PDF without readable text), 2 files (binary or not UTF-8)" in record.message
+    assert "3 empty documents, 2 files (binary or not UTF-8), 1 files (scanned PDF, no text layer)" in record.message
 
 
 def test_sources_come_in_the_order_given_and_bytes_are_counted(tmp_path):

@@ -4,7 +4,8 @@ import json
 from dataclasses import replace
 
 import pytest
-from test_extension import base_folder, documents  # noqa: F401 (fixtures)
+from test_extension import base_folder as base_folder  # fixtures
+from test_extension import documents as documents
 
 from longlora.cli import main
 from longlora.reproduction import attention_study
@@ -21,14 +22,14 @@ def words(base_folder, documents, output, **changes):
 
 
 @pytest.fixture(scope="module")
-def held_out(documents):  # noqa: F811
+def held_out(documents):
     folder = documents.parent / "held-out"
     folder.mkdir(exist_ok=True)
     for number in range(3):
         (folder / f"{number}.txt").write_text((documents / "01.txt").read_text() + f" {number} " + "abc " * 300)
 
 
-def test_a_study_runs_each_cell_once_and_pairs_its_seeds(base_folder, documents, held_out, tmp_path, capsys):  # noqa: F811
+def test_a_study_runs_each_cell_once_and_pairs_its_seeds(base_folder, documents, held_out, tmp_path, capsys):
     main([*words(base_folder, documents, tmp_path), "--json"])
     document = json.loads(capsys.readouterr().out)
     assert document == json.loads((tmp_path / "attention-study.json").read_text())
@@ -60,7 +61,7 @@ def test_a_study_runs_each_cell_once_and_pairs_its_seeds(base_folder, documents,
     assert "was run with steps 2 and is now asked for with 3" in capsys.readouterr().err
 
 
-def test_an_unknown_cell_and_a_short_context_are_named(base_folder, documents, tmp_path, capsys):  # noqa: F811
+def test_an_unknown_cell_and_a_short_context_are_named(base_folder, documents, tmp_path, capsys):
     for changes, said in (
         ({"only": "shfit"}, "--only names 'shfit', which is no cell of attention-study"),
         ({"context": 64}, "--context is 64: it must be above the window"),

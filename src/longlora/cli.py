@@ -8,25 +8,41 @@ import errno
 import importlib
 import importlib.metadata
 import json
-import logging
-import os
 import sys
 from collections.abc import Sequence
+from importlib import resources
 from typing import Any
 
 import tyro
 import yaml
 
 from longlora import settings as s
-from longlora.errors import UserError, nearest
+from longlora.errors import UserError, check_choice, nearest
+from longlora.logs import quiet_libraries
 
 COMMANDS: dict[str, tuple[type[s.CommandSettings], str]] = {
     "extend": (s.ExtendSettings, "longlora.extension:extend"),
+    "sft": (s.SftSettings, "longlora.fine_tuning.command:sft"),
     "eval perplexity": (s.EvaluatePerplexitySettings, "longlora.evaluation.command:evaluate_perplexity"),
+    "eval short": (s.EvaluateShortSettings, "longlora.evaluation.short:evaluate_short"),
+    "eval longppl": (
+        s.EvaluateLongPerplexitySettings,
+        "longlora.evaluation.long_perplexity_command:evaluate_long_perplexity",
+    ),
+    "eval ruler": (s.RulerSettings, "longlora.evaluation.ruler:evaluate_ruler"),
+    "eval passkey": (s.PasskeySettings, "longlora.evaluation.passkey:evaluate_passkey"),
+    "eval topics": (s.TopicsSettings, "longlora.evaluation.longeval:evaluate_topics"),
+    "eval lines": (s.LinesSettings, "longlora.evaluation.longeval:evaluate_lines"),
+    "plan": (s.PlanSettings, "longlora.planner.command:plan"),
     "merge": (s.MergeSettings, "longlora.merging:merge_run"),
+    "export": (s.ExportSettings, "longlora.exporting.command:export"),
     "report": (s.ReportSettings, "longlora.report.page:report_run"),
+    "longqa build": (s.BuildLongQASettings, "longlora.longqa.building:build_pairs"),
+    "longqa check": (s.CheckLongQASettings, "longlora.longqa.checking:check_pairs"),
+    "reproduce": (s.ReproduceSettings, "longlora.reproduction.command:reproduce"),
     "demo": (s.DemoSettings, "longlora.demo:demo"),
     "bench attention": (s.BenchAttentionSettings, "longlora.bench:bench_attention"),
+    "bench perplexity": (s.BenchPerplexitySettings, "longlora.bench.perplexity:bench_perplexity"),
 }
 """Command words -> the dataclass they are parsed into, and `module:function` that runs it and returns its JSON."""
 
@@ -37,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = ""
     try:
         name, settings = parse(argv)
-        _quiet_libraries()
+        quiet_libraries()
         module, _, function = COMMANDS[name][1].partition(":")
         result = getattr(importlib.import_module(module), function)(settings)
         if settings.json:
@@ -48,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if error.errno != errno.ENOSPC:
             raise
         where = f" while writing {error.filename}" if error.filename else ""
-        again = " with --resume" if name == "extend" else ""
+        again = " with --resume" if _resumes(name) else ""
         _fail(f"the disk is full{where}: free some space, then give the same command again{again}.", 2)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
@@ -59,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             2,
         )
     except KeyboardInterrupt:
-        _fail("stopped." + (" Give the same command with --resume to go on." if name == "extend" else ""), 130)
+        _fail("stopped." + (" Give the same command with --resume to go on." if _resumes(name) else ""), 130)
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Any]:
@@ -118,15 +134,32 @@ def _overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
 
 
 def _with_recipe(kind: type[s.CommandSettings], rest: list[str]) -> list[str]:
-    """`rest` with the YAML file of its `--config`, as the flags it stands for, before the flags given."""
-    path = None
-    for at, word in enumerate(rest):
-        if word == "--config" and at + 1 < len(rest):
-            path = rest[at + 1]
-        elif word.startswith("--config="):
-            path = word.partition("=")[2]
-    if path is None:
-        return rest
+    """`rest` with the recipes of its `--recipe` and `--config` as the flags they stand for, before the flags given."""
+    words: list[str] = []
+    positional: list[str] = []
+    if name := _value_of("--recipe", rest):
+        check_choice("--recipe", name, s.RECIPES)
+        words += _flags_of(kind, str(resources.files("longlora") / "assets" / "recipes" / f"{name}.yaml"))[1]
+    if path := _value_of("--config", rest):
+        positional, more = _flags_of(kind, path)
+        words += more
+    first_flag = next((at for at, word in enumerate(rest) if word.startswith("-")), len(rest))
+    return [*(rest[:first_flag] or positional), *words, *rest[first_flag:]]
+
+
+def _value_of(flag: str, words: Sequence[str]) -> str | None:
+    """The value given to `flag`, the last one where there are several."""
+    found = None
+    for at, word in enumerate(words):
+        if word == flag and at + 1 < len(words):
+            found = words[at + 1]
+        elif word.startswith(flag + "="):
+            found = word.partition("=")[2]
+    return found
+
+
+def _flags_of(kind: type[s.CommandSettings], path: str) -> tuple[list[str], list[str]]:
+    """The positional arguments and the flags that a YAML recipe stands for."""
     try:
         with open(path, encoding="utf-8") as file:
             recipe = yaml.safe_load(file)
@@ -141,7 +174,7 @@ def _with_recipe(kind: type[s.CommandSettings], rest: list[str]) -> list[str]:
     positional: list[str] = []
     for key, value in recipe.items():
         name = str(key).replace("-", "_")
-        if name not in fields or name in ("config", "json"):
+        if name not in fields or name in ("config", "recipe", "json"):
             raise UserError(
                 f"--config {path}: unknown key '{key}'. {nearest(name, fields)} `longlora COMMAND --help` lists the "
                 "names.".replace("  ", " ")
@@ -155,11 +188,15 @@ def _with_recipe(kind: type[s.CommandSettings], rest: list[str]) -> list[str]:
             words.append(flag if value else flag.replace("--", "--no-", 1))
         elif isinstance(value, list):
             many = [str(part) for part in value]
-            words += [flag, *many] if "data" in name else [flag, ",".join(many)]
+            words += [flag, *many] if "data" in name or name == "documents" else [flag, ",".join(many)]
         else:
             words += [flag, str(value)]
-    first_flag = next((at for at, word in enumerate(rest) if word.startswith("-")), len(rest))
-    return [*(rest[:first_flag] or positional), *words, *rest[first_flag:]]
+    return positional, words
+
+
+def _resumes(name: str) -> bool:
+    """Whether the command goes on where it stopped with `--resume`."""
+    return name in COMMANDS and "resume" in _fields(COMMANDS[name][0])
 
 
 def _fields(kind: Any) -> dict[str, Any]:
@@ -171,19 +208,6 @@ def _fields(kind: Any) -> dict[str, Any]:
         else:
             found[field.name] = field
     return found
-
-
-def _quiet_libraries() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-    logging.getLogger("longlora").setLevel(logging.INFO)
-    import warnings
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    # PEFT looks for a vocabulary change beside a base that is a .gguf file; this package never changes one
-    warnings.filterwarnings("ignore", message="Could not find a config file in .*gguf")
 
 
 def _fail(sentence: str, status: int) -> None:

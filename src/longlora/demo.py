@@ -40,7 +40,7 @@ def recipe(output: str, seed: int) -> ExtendSettings:
         model="demo",
         output=output,
         positions=PositionSettings(context=CONTEXT, method="yarn"),
-        attention=AttentionSettings(pattern="shift", group_size=CONTEXT // 4),
+        attention=AttentionSettings(pattern="shift", group_size=CONTEXT // 4, full_layers_share=1 / 3),
         trainable=TrainableSettings(train=("lora", "norm", "embed"), rank=8),
         corpus=CorpusSettings(data=("stdlib",)),
         training=TrainingSettings(
@@ -74,6 +74,7 @@ def paper_recipe(settings: ExtendSettings, output: str) -> ExtendSettings:
         settings,
         output=output,
         positions=replace(settings.positions, method="linear"),
+        attention=replace(settings.attention, full_layers_share=0.0),
         trainable=TrainableSettings(),
         training=replace(settings.training, norm_lr=None, embed_lr=None, schedule="constant"),
     )

@@ -170,7 +170,10 @@ def _adapter(name: str, folder: Path) -> ModelSource:
     except (ValueError, AttributeError) as error:
         raise UserError(f"'{folder / ADAPTER_CONFIG}' is not an adapter's JSON ({first_line(error)}).") from error
     # The run's own words first: `demo` holds on every machine, an absolute path only where it was written.
-    given = run and run["model"]
+    # An adapter that went on training is recorded with the model it goes on, which is not the run it came from.
+    went_on = run is not None and run.get("base") is not None
+    given = run and run["base" if went_on else "model"]
+    revision = run.get("base_revision" if went_on else "revision") if run else None
     candidates = [str(candidate) for candidate in (given, recorded) if candidate]
     if not candidates:
         raise UserError(f"adapter '{name}' does not say its base: set base_model_name_or_path in {ADAPTER_CONFIG}.")
@@ -184,7 +187,7 @@ def _adapter(name: str, folder: Path) -> ModelSource:
         location=str(folder),
         is_adapter=True,
         base=base,
-        base_revision=run.get("revision") if run is not None and base == given else None,
+        base_revision=revision if base == given else None,
     )
 
 

@@ -32,6 +32,7 @@ from transformers.utils import logging as hf_logging
 
 from longlora.adapters import keep_trainable_in_float32, merge_adapters
 from longlora.errors import UserError, check_choice
+from longlora.gguf_positions import read_positions
 from longlora.model_source import ModelSource, base_of, first_line, locate, resolve
 from longlora.positions import present_context
 from longlora.settings import DTYPES
@@ -194,6 +195,7 @@ def _gguf_config(path: Path, changed_ns: int) -> PreTrainedConfig:
     """Remembered while the file stays as it is, because reading a GGUF's header takes seconds."""
     with quiet(gguf=True):
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    read_positions(config, path)
     vars(config).pop("_model_name_or_path", None)  # its title, which would be saved as if it were a path
     return config
 

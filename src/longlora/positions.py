@@ -170,6 +170,23 @@ def present_context(config: PreTrainedConfig) -> int:
     return window
 
 
+def frequency_divisors(config: PreTrainedConfig) -> tuple[list[float], float]:
+    """What the positions of `config` divide each of the d/2 plain rotary frequencies by, and their attention factor.
+
+    Of positions that change with the length of the input, those beyond the original window.
+
+    Raises:
+        UserError: the config has no rotary positions.
+    """
+    config = _text_config(config)
+    rope = _global_rope(config)
+    if rope["rope_type"] == "default":
+        rope |= {"rope_type": "linear", "factor": 1.0}
+    if rope.get("factor") is None:
+        rope["factor"] = present_context(config) / original_context(config)
+    return _divisors(config, rope)
+
+
 def _text_config(config_or_model: PreTrainedConfig | nn.Module) -> PreTrainedConfig:
     config: Any = config_or_model.config if isinstance(config_or_model, nn.Module) else config_or_model
     return config.get_text_config(decoder=True)

@@ -5,13 +5,14 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -19,24 +20,33 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from longlora.adapters import parameter_groups
 from longlora.attention.patterns import Draw
 from longlora.attention.transformers_backend import draw_from, use_shifted_attention
-from longlora.corpus.packing import PackedRows
 from longlora.errors import UserError
 from longlora.evaluation.perplexity import perplexity
 from longlora.losses import causal_lm_loss, unwrapped
 from longlora.progress import Progress
 from longlora.run_directory import RunDirectory
-from longlora.settings import AttentionSettings, PatternOptions, PerplexitySettings, TrainingSettings
+from longlora.settings import (
+    AttentionSettings,
+    OptimisationSettings,
+    PatternOptions,
+    PerplexitySettings,
+    TrainingSettings,
+)
 
 logger = logging.getLogger(__name__)
 
+HeldOutLoss = Callable[[nn.Module], float]
+"""Mean loss of a model in nats a token on what it does not train on."""
+
 
 class ContextTrainer(Trainer):
-    """transformers' Trainer with a chunked loss and held-out perplexity weighted by token."""
+    """transformers' Trainer with a chunked loss and a held-out loss weighted by token."""
 
-    def __init__(self, *, training: TrainingSettings, in_order: bool, held_out: Sequence[np.ndarray], **arguments: Any):
+    def __init__(
+        self, *, training: TrainingSettings, in_order: bool, held_out_loss: HeldOutLoss | None, **arguments: Any
+    ):
         super().__init__(**arguments)
-        self.training, self.in_order, self.held_out = training, in_order, held_out
-        self.context = len(arguments["train_dataset"][0]["input_ids"])
+        self.training, self.in_order, self.held_out_loss = training, in_order, held_out_loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with a learning rate of their own for norms and embeddings."""
@@ -63,14 +73,14 @@ class ContextTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.in_order:
-            return torch.utils.data.SequentialSampler(cast(PackedRows, dataset))
+            return torch.utils.data.SequentialSampler(cast(Any, dataset))
         return super()._get_train_sampler(train_dataset)
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """Perplexity of the held-out documents at the training context, with full attention."""
-        settings = PerplexitySettings(contexts=(self.context,), stride=self.context)
-        result = perplexity(cast(nn.Module, self.model), self.held_out, settings, progress=False)[0]
-        metrics = {f"{metric_key_prefix}_loss": result.nll, f"{metric_key_prefix}_perplexity": result.perplexity}
+        """The held-out loss, with full attention."""
+        assert self.held_out_loss is not None, "evaluated only where something is held out"
+        loss = self.held_out_loss(cast(nn.Module, self.model))
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(loss)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -179,7 +189,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def refuse_missing_trackers(training: TrainingSettings) -> None:
+def refuse_missing_trackers(training: OptimisationSettings) -> None:
     """Raises UserError when `report_to` names a tracker that is not installed."""
     available = get_available_reporting_integrations()
     for tracker in training.report_to:
@@ -190,26 +200,38 @@ def refuse_missing_trackers(training: TrainingSettings) -> None:
             )
 
 
+def document_loss(documents: Sequence[np.ndarray], context: int) -> HeldOutLoss:
+    """The held-out loss that is the loss of `documents` (token ids) in windows of `context` tokens."""
+    settings = PerplexitySettings(contexts=(context,), stride=context)
+    return lambda model: perplexity(model, documents, settings, progress=False)[0].nll
+
+
 def train(
     model: nn.Module,
-    rows: PackedRows,
+    rows: Dataset[dict[str, Tensor]],
     training: TrainingSettings,
     attention: AttentionSettings,
     run: RunDirectory,
     *,
-    held_out: Sequence[np.ndarray] = (),
+    held_out_loss: HeldOutLoss | None = None,
     in_order: bool = False,
+    context: int | None = None,
+    tokens_per_step: int | None = None,
+    collate: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]] | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place on `rows`, checkpointing into `run`.
 
     Args:
         model: with the parameters that train marked so.
-        rows: packed rows of `context` tokens.
+        rows: packed rows; where no `collate` says otherwise all of one length.
         training: optimisation.
         attention: the pattern, its group size and its schedule.
         run: where checkpoints and metrics go; with `training.resume` the last whole checkpoint is gone on from.
-        held_out: documents (token ids) whose perplexity is measured every `training.evaluate_every` steps.
+        held_out_loss: measured every `training.evaluate_every` steps.
         in_order: take the rows as they stand instead of shuffling them.
+        context: tokens of the longest row there may be; default the first row's.
+        tokens_per_step: tokens of an optimiser step, on average; default `training.batch` rows of `context`.
+        collate: makes one batch of rows of several lengths.
 
     Returns:
         Steps, final loss, tokens, seconds, tokens a second and peak memory.
@@ -217,7 +239,7 @@ def train(
     Raises:
         UserError: a batch that does not divide over the devices, or a loss that is no number.
     """
-    arguments = _trainer_arguments(training, run.path, bool(held_out))
+    arguments = _trainer_arguments(training, run.path, held_out_loss is not None)
     share = training.device_batch * arguments.world_size
     if training.batch % share:
         raise UserError(
@@ -225,17 +247,19 @@ def train(
             f"{training.device_batch} x {arguments.world_size}."
         )
     arguments.gradient_accumulation_steps = training.batch // share
-    context = len(rows[0]["input_ids"])
+    context = context or len(rows[0]["input_ids"])
+    tokens_per_step = tokens_per_step or training.batch * context
     trainer = ContextTrainer(
         training=training,
         in_order=in_order,
-        held_out=held_out,
+        held_out_loss=held_out_loss,
         model=model,
         args=arguments,
         train_dataset=rows,
-        eval_dataset=rows if held_out else None,
+        eval_dataset=rows if held_out_loss else None,
+        data_collator=collate,
         callbacks=[
-            MetricsCallback(run, training.batch * context),
+            MetricsCallback(run, tokens_per_step),
             AttentionSchedule(attention, context, training.seed),
         ],
     )
@@ -251,7 +275,7 @@ def train(
     return {
         "steps": result.global_step,
         "loss": next((record["loss"] for record in reversed(metrics) if "loss" in record), None),
-        "tokens": result.global_step * training.batch * context,
+        "tokens": result.global_step * tokens_per_step,
         "seconds": seconds,
         "tokens_per_second": metrics[-1]["tokens_per_second"] if metrics else None,
         "memory_bytes": peak_memory(),

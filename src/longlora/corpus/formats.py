@@ -1,4 +1,5 @@
-"""How one file, or one hub data set, becomes texts: plain text, JSONL (plain, gzip, Zstandard), parquet, PDF, hub.
+"""How one file, or one hub data set, becomes texts: plain text, HTML, EPUB, PDF, JSONL (plain, gzip, Zstandard),
+parquet, hub.
 
 Every reader is lazy and yields `Text`: at most one text (one batch of `PARQUET_ROWS` rows for parquet) is in memory.
 """
@@ -6,18 +7,30 @@ Every reader is lazy and yields `Text`: at most one text (one batch of `PARQUET_
 import gzip
 import io
 import json
+import logging
 import re
+import threading
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple, cast
 
+from longlora.corpus.markup import MarkupError, epub_text, html_text
 from longlora.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
 
 PARQUET_ROWS = 32
 """Rows of a parquet file decoded at a time."""
 
+SCANNED_LETTERS = 20
+"""A PDF whose pages have fewer letters than this on average, and hold pictures, is a scan: stamps and page numbers."""
+
 _SNIFFED_BYTES = 8192
+_HTML = (".html", ".htm", ".xhtml")
+_PDFIUM = threading.Lock()
+"""PDFium serves one caller at a time."""
+
 _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -46,7 +59,7 @@ def read_file(path: Path, text_field: str) -> Generator[Text, None, None]:
     """The texts of the file at `path`, in the format its name says; an unknown ending means UTF-8 text.
 
     Raises:
-        UnreadableFileError: it is binary, or a PDF that is encrypted, damaged or without a text layer.
+        UnreadableFileError: it is binary, or a PDF, EPUB or HTML that is encrypted, damaged or without text.
         UserError: it cannot be opened, is damaged, or a record is malformed or lacks `text_field`.
     """
     try:
@@ -60,20 +73,15 @@ def _reader(path: Path) -> Callable[[Path, str], Iterator[Text]]:
     name = path.name.lower()
     if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
         return _read_jsonl
-    return {".parquet": _read_parquet, ".pdf": _read_pdf}.get(path.suffix.lower(), _read_text)
+    readers = {".parquet": _read_parquet, ".pdf": _read_pdf, ".epub": _read_epub}
+    return readers.get(path.suffix.lower(), _read_html if name.endswith(_HTML) else _read_text)
 
 
 def _read_text(path: Path, text_field: str) -> Iterator[Text]:
-    with path.open("rb") as file:
-        head = file.read(_SNIFFED_BYTES)
     kind = "binary or not UTF-8"
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if _head(path).startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UnreadableFileError(kind, f"'{path}' is UTF-16 text: save it as UTF-8.")
-    if b"\0" in head:
-        raise UnreadableFileError(
-            kind,
-            f"'{path}' is a binary file: give UTF-8 text, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .pdf or a folder.",
-        )
+    _refuse_binary(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -81,6 +89,37 @@ def _read_text(path: Path, text_field: str) -> Iterator[Text]:
             kind, f"'{path}' is not UTF-8 text ({error.reason} at byte {error.start}): convert it to UTF-8."
         ) from error
     yield Text("", text, path.stat().st_size)
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_SNIFFED_BYTES)
+
+
+def _refuse_binary(path: Path) -> None:
+    if b"\0" in _head(path):
+        raise UnreadableFileError(
+            "binary or not UTF-8",
+            f"'{path}' is a binary file: give UTF-8 text, .html, .epub, .pdf, .jsonl, .jsonl.gz, .jsonl.zst, "
+            ".parquet or a folder.",
+        )
+
+
+def _read_html(path: Path, text_field: str) -> Iterator[Text]:
+    if not _head(path).startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16, whose every other byte may be zero
+        _refuse_binary(path)
+    yield _from_markup(path, lambda: html_text(path.read_bytes()))
+
+
+def _read_epub(path: Path, text_field: str) -> Iterator[Text]:
+    yield _from_markup(path, lambda: epub_text(path))
+
+
+def _from_markup(path: Path, text_of: Callable[[], str]) -> Text:
+    try:
+        return Text("", _encodable(text_of()), path.stat().st_size)
+    except MarkupError as error:
+        raise UnreadableFileError(error.kind, f"'{path}' {error}") from error
 
 
 def _read_jsonl(path: Path, text_field: str) -> Iterator[Text]:
@@ -159,29 +198,49 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Text]:
 
 
 def _read_pdf(path: Path, text_field: str) -> Iterator[Text]:
-    import pypdf
-    from pypdf.errors import DependencyError, FileNotDecryptedError
+    """By PDFium, which tells words apart where others run them together: it knows where each letter stands."""
+    import pypdfium2
+    from pypdfium2 import raw
 
     try:
-        with path.open("rb") as file:
-            pages = [page.extract_text() for page in pypdf.PdfReader(file).pages]
-    except OSError:
-        raise
-    except (FileNotDecryptedError, DependencyError) as error:
+        with _PDFIUM, pypdfium2.PdfDocument(path) as document:
+            pages, pictures = [], False
+            for page in document:
+                pages.append(_pdf_page(page.get_textpage().get_text_bounded()))
+                pictures = pictures or any(True for _ in page.get_objects(filter=[raw.FPDF_PAGEOBJ_IMAGE]))
+    except pypdfium2.PdfiumError as error:
+        if error.err_code in (raw.FPDF_ERR_PASSWORD, raw.FPDF_ERR_SECURITY):
+            raise UnreadableFileError(
+                "encrypted PDF", f"'{path}' is an encrypted PDF: save it without a password first."
+            ) from error
         raise UnreadableFileError(
-            "PDF without readable text", f"'{path}' is an encrypted PDF: save it without a password first."
+            "damaged PDF", f"'{path}' cannot be read as PDF ({error}): check that the file is whole."
         ) from error
-    except Exception as error:  # on a damaged file pypdf raises its own errors, KeyError, TypeError and more
+    empty = sum(not page for page in pages)
+    scanned = pictures and sum(map(_letters, pages)) < SCANNED_LETTERS * len(pages)
+    if empty == len(pages) or scanned:
         raise UnreadableFileError(
-            "PDF without readable text", f"'{path}' cannot be read as PDF ({error}): check that the file is whole."
-        ) from error
-    text = _encodable("\n\n".join(page for page in pages if page.strip()))
-    if not text:
-        raise UnreadableFileError(
-            "PDF without readable text",
-            f"'{path}' has no text layer on its {len(pages)} pages, they are pictures: run OCR on it first (ocrmypdf).",
+            "scanned PDF, no text layer",
+            f"'{path}' has {'no' if empty == len(pages) else 'hardly any'} text layer on its {len(pages)} pages, they "
+            "are pictures: run OCR on it first (ocrmypdf).",
         )
-    yield Text("", text, path.stat().st_size)
+    if empty:
+        logger.info("'%s': %d of %d pages have no text (pictures or blank)", path, empty, len(pages))
+    yield Text("", "\n\n".join(page for page in pages if page), path.stat().st_size)
+
+
+def _pdf_page(text: str) -> str:
+    r"""A page's text as PDFium has it, words that were broken at the end of a line made whole.
+
+    >>> _pdf_page("The hyphen\x02ated US\x02ASCII\r\nline. ")
+    'The hyphenated US-ASCII\nline.'
+    """
+    text = re.sub("(?<=[^\\W\\dA-Z_])\x02(?=[^\\W\\dA-Z_])", "", text).replace("\x02", "-")
+    return _encodable(text.replace("\r\n", "\n").replace("\0", "")).strip()
+
+
+def _letters(text: str) -> int:
+    return sum(character.isalpha() for character in text)
 
 
 def read_hub(source: str, text_field: str) -> Generator[Text, None, None]:

@@ -36,7 +36,7 @@ from longlora.settings import CorpusSettings
 
 logger = logging.getLogger(__name__)
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 """Raised when the meaning of the cached files changes, so that old entries are not read."""
 
 

@@ -143,13 +143,13 @@ def perplexity(
             f"--stride is {settings.stride}: it must be at most the shortest context, {shortest} tokens, or tokens "
             "between windows would never be scored; give a smaller --stride or longer --contexts."
         )
-    _check_positions(config, contexts)
-    corpus = cast(Documents, documents) if hasattr(documents, "document") else _Listed(list(documents))
+    check_positions(config, contexts)
+    corpus = cast(Documents, documents) if hasattr(documents, "document") else Listed(list(documents))
     lengths = [len(corpus.document(index)) for index in range(len(corpus))]
     chosen = {context: _long_enough(lengths, context, settings) for context in contexts}
 
     results = []
-    with _evaluating(model):
+    with evaluating(model):
         for context in contexts:
             nll, tokens = _score(model, corpus, lengths, chosen[context], context, settings, progress)
             if not nll / tokens < math.log(np.finfo(np.float64).max):
@@ -183,7 +183,7 @@ def perplexity_report(
     }
 
 
-class _Listed:
+class Listed:
     """Documents that are in memory already."""
 
     def __init__(self, documents: list[np.ndarray]) -> None:
@@ -212,7 +212,7 @@ def _long_enough(lengths: list[int], context: int, settings: PerplexitySettings)
     return chosen
 
 
-def _check_positions(config: PreTrainedConfig, contexts: Sequence[int]) -> None:
+def check_positions(config: PreTrainedConfig, contexts: Sequence[int]) -> None:
     """Say when a context is beyond the window, and refuse where positions beyond it do not exist."""
     text_config = config.get_text_config()
     rotary = bool(getattr(text_config, "rope_parameters", None))
@@ -228,7 +228,7 @@ def _check_positions(config: PreTrainedConfig, contexts: Sequence[int]) -> None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, under autocast where precisions mix; each module's own mode comes back."""
     training = [module for module in model.modules() if module.training]
     model.eval()

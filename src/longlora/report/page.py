@@ -9,6 +9,7 @@ import jinja2
 
 from longlora.errors import UserError
 from longlora.report import wording
+from longlora.report.answers_section import answers_finding
 from longlora.report.findings import finding, what_was_done
 from longlora.report.reading import read_run
 from longlora.report.sections import SECTIONS
@@ -51,12 +52,12 @@ def render(run: str | Path) -> str:
         UserError: `run` is no run directory.
     """
     recorded = read_run(run)
-    contents = {name: section(recorded) for name, section in SECTIONS.items()}
+    contents = {name: content for name, section in SECTIONS.items() if (content := section(recorded)) is not None}
     html = (
         _templates()
         .get_template("report.html.j2")
         .render(
-            finding=finding(recorded),
+            finding=answers_finding(recorded) if recorded.fine_tuned else finding(recorded),
             done=what_was_done(recorded),
             sections={name: content for name, content in contents.items() if not isinstance(content, str)},
             left_out=[content for content in contents.values() if isinstance(content, str)],

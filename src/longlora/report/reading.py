@@ -43,6 +43,19 @@ class PerplexityOf:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnswersOf:
+    """One `evaluation/answers-NAME.json`: a model's loss on held-out answers."""
+
+    name: str
+    label: str
+    data: str
+    nll: float
+    """Nats a token."""
+    tokens: int | None
+    examples: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recorded:
     """Everything the page is made from."""
 
@@ -50,6 +63,7 @@ class Recorded:
     settings: dict[str, Any]
     metrics: list[dict[str, Any]]
     perplexities: list[PerplexityOf]
+    answers: list[AnswersOf]
     summary: dict[str, Any]
     costs: dict[str, Any]
     config: dict[str, Any]
@@ -76,6 +90,11 @@ class Recorded:
     def context(self) -> int | None:
         """The context trained for, in tokens."""
         return self.whole("positions", "context") or whole(self.settings.get("context"))
+
+    @property
+    def fine_tuned(self) -> bool:
+        """Whether the run is one of `longlora sft`."""
+        return self.settings.get("command") == "sft"
 
     def measured(self, name: str) -> PerplexityOf | None:
         """The perplexity file of that name, if it holds any result."""
@@ -106,16 +125,21 @@ def read_run(folder: str | Path) -> Recorded:
     except (OSError, ValueError, RecursionError):
         metrics = []
         unreadable.append(run.metrics_file.name)
-    found = [
-        (document, _perplexity(name.removeprefix("perplexity-"), document))
-        for name in sorted(path.stem for path in run.evaluation.glob("perplexity-*.json"))
-        if (document := evaluation(name))
-    ]
+
+    def every(kind: str, read: Callable[[str, dict[str, Any]], Any]) -> list[Any]:
+        found = [
+            (document, read(name.removeprefix(kind), document))
+            for name in sorted(path.stem for path in run.evaluation.glob(f"{kind}*.json"))
+            if (document := evaluation(name))
+        ]
+        return [one for _, one in sorted(found, key=_order) if one is not None]
+
     return Recorded(
         path=run.path,
         settings=settings,
         metrics=metrics,
-        perplexities=[perplexity for _, perplexity in sorted(found, key=_order)],
+        perplexities=every("perplexity-", _perplexity),
+        answers=every("answers-", _answers),
         summary=evaluation("summary"),
         costs=evaluation("costs"),
         config=beside_weights("config.json"),
@@ -190,6 +214,20 @@ def _perplexity(name: str, document: dict[str, Any]) -> PerplexityOf:
     )
 
 
+def _answers(name: str, document: dict[str, Any]) -> AnswersOf | None:
+    nll = number(document.get("nll"))
+    if nll is None:
+        return None
+    return AnswersOf(
+        name=name,
+        label=str(document.get("label") or name),
+        data=str(document.get("data") or ""),
+        nll=nll,
+        tokens=whole(document.get("tokens")),
+        examples=whole(document.get("examples")),
+    )
+
+
 def _perhaps_infinite(value: Any) -> float:
     """A perplexity, which may be infinite; NaN for what is no number."""
     if isinstance(value, float) and math.isinf(value):
@@ -198,9 +236,10 @@ def _perhaps_infinite(value: Any) -> float:
     return math.nan if found is None else found
 
 
-def _order(found: tuple[dict[str, Any], PerplexityOf]) -> tuple[float, str]:
+def _order(found: tuple[dict[str, Any], PerplexityOf | AnswersOf | None]) -> tuple[float, str]:
     """The place a file asks for; else the base model first and the trained one last."""
-    document, perplexity = found
+    document, measured = found
+    name = measured.name if measured else ""
     asked = number(document.get("order"))
-    usual = {"base": 0.0, "trained": 2.0}.get(perplexity.name, 1.0)
-    return (usual if asked is None else asked, perplexity.name)
+    usual = {"base": 0.0, "trained": 2.0}.get(name, 1.0)
+    return (usual if asked is None else asked, name)

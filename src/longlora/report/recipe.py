@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from longlora.report.reading import Recorded
-from longlora.settings import ExtendSettings
+from longlora.settings import ExtendSettings, SftSettings
 
 OF_THIS_RUN = frozenset(
     "model output data evaluation_data text_field max_tokens cache revision trust_remote_code context resume report_to"
@@ -18,8 +18,13 @@ OF_THIS_RUN = frozenset(
 """Settings that belong to this model, these documents and this machine, and are no part of the recipe."""
 
 
+def kind(settings: dict[str, Any]) -> Any:
+    """The settings class of the command that made the run."""
+    return SftSettings if settings.get("command") == "sft" else ExtendSettings
+
+
 def defaults(kind: Any = ExtendSettings) -> Iterator[tuple[str, Any]]:
-    """Name and default of each setting of `longlora extend`, `dataclasses.MISSING` where it has to be given."""
+    """Name and default of each setting of a command, `dataclasses.MISSING` where it has to be given."""
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(field.type):
             yield from defaults(field.type)
@@ -31,7 +36,7 @@ def differing(settings: dict[str, Any]) -> dict[str, Any]:
     """The recorded settings that are not as they come, of those that have a default."""
     return {
         name: settings[name]
-        for name, default in defaults()
+        for name, default in defaults(kind(settings))
         if name in settings
         and default is not dataclasses.MISSING
         and settings[name] != (list(default) if isinstance(default, tuple) else default)
@@ -39,8 +44,12 @@ def differing(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def command(settings: dict[str, Any], context: int) -> str:
-    """`longlora extend` for another model, with the settings of this run that are not as they come."""
-    lines = ["longlora extend YOUR_MODEL", "--data YOUR_DOCUMENTS", f"--context {context}"]
+    """The command for another model, with the settings of this run that are not as they come."""
+    if kind(settings) is SftSettings:
+        lines = ["longlora sft YOUR_MODEL", "--data YOUR_PAIRS.jsonl"]
+        lines += [f"--context {context}"] if settings.get("context") else []
+    else:
+        lines = ["longlora extend YOUR_MODEL", "--data YOUR_DOCUMENTS", f"--context {context}"]
     for name, value in differing(settings).items():
         flag = "--" + name.replace("_", "-")
         if name in OF_THIS_RUN or value is None:

@@ -10,10 +10,16 @@ from typing import Any
 
 from longlora.errors import UserError
 from longlora.report import attention_picture, recipe
-from longlora.report.perplexity_section import perplexity
+from longlora.report.answers_section import answers
+from longlora.report.perplexity_section import perplexity as measured_perplexity
 from longlora.report.reading import Content, Recorded, whole
 from longlora.report.training_section import cost, trainable, training
 from longlora.settings import PatternOptions
+
+
+def perplexity(run: Recorded) -> Content | None:
+    """Perplexity at each context; a fine-tuning is measured by its answers, and need not have any."""
+    return None if run.fine_tuned and not run.perplexities else measured_perplexity(run)
 
 
 def attention(run: Recorded) -> Content:
@@ -52,14 +58,17 @@ def _options_in_picture(run: Recorded, context: int) -> PatternOptions:
     for name in ("scatter_piece_size", "sink_tokens"):
         if given.get(name):
             given[name] = max(1, round(given[name] * attention_picture.TOKENS / context))
-    return PatternOptions(**given)
+    try:
+        return PatternOptions(**given)
+    except TypeError as error:
+        raise UserError(f"settings.yaml has an option of the wrong kind: {error}") from error
 
 
 def do_it(run: Recorded) -> Content:
     """The command for another model."""
     if run.context is None:
         return "The command to do the same: the run does not say which context it was for."
-    return {"command": recipe.command(run.settings, run.context)}
+    return {"command": recipe.command(run.settings, run.context), "pairs": run.fine_tuned}
 
 
 def use_it(run: Recorded) -> Content:
@@ -71,7 +80,7 @@ def use_it(run: Recorded) -> Content:
 
 def settings(run: Recorded) -> Content:
     """Every setting, beside its default where it has another value; versions; commit."""
-    usual, differing = dict(recipe.defaults()), recipe.differing(run.settings)
+    usual, differing = dict(recipe.defaults(recipe.kind(run.settings))), recipe.differing(run.settings)
     versions = run.settings.get("versions")
     return {
         "rows": [
@@ -95,7 +104,8 @@ def _said(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
-SECTIONS: dict[str, Callable[[Recorded], Content]] = {
+SECTIONS: dict[str, Callable[[Recorded], Content | None]] = {
+    "answers": answers,
     "perplexity": perplexity,
     "attention": attention,
     "training": training,
@@ -105,4 +115,4 @@ SECTIONS: dict[str, Callable[[Recorded], Content]] = {
     "use_it": use_it,
     "settings": settings,
 }
-"""Name of each section's template -> what fills it, in the order of the page."""
+"""Name of each section's template -> what fills it, in the order of the page; None where a run is not about that."""

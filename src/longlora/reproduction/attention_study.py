@@ -4,7 +4,7 @@ Every cell trains on the same rows with the same new weights (those of its seed)
 Gaps to full attention are taken seed by seed, so what a seed does to both cancels out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,8 +89,8 @@ def _cell(name: str, method: Method, base: ExtendSettings, seed: int) -> Cell:
     return Cell(name, method.label, settings)
 
 
-def summary(results: Sequence[dict[str, Any]], order: Sequence[str]) -> list[dict[str, Any]]:
-    """One entry a method, in the order of `order`: means and standard errors over its seeds, gaps to full attention.
+def summary(results: Sequence[dict[str, Any]], known: Mapping[str, Method]) -> list[dict[str, Any]]:
+    """One entry a method, in the order of `known`: means and standard errors over its seeds, gaps to full attention.
 
     Returns:
         `{"name", "label", "seeds", "share" (of full attention's pairs), "seconds", "perplexity": {context: {"mean",
@@ -100,10 +100,10 @@ def summary(results: Sequence[dict[str, Any]], order: Sequence[str]) -> list[dic
     by_name: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         by_name.setdefault(result["name"], []).append(result)
-    return [_entry(by_name[name], by_name) for name in order if name in by_name]
+    return [_entry(method.label, by_name[name], by_name) for name, method in known.items() if name in by_name]
 
 
-def _entry(found: list[dict[str, Any]], by_name: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def _entry(label: str, found: list[dict[str, Any]], by_name: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     name = found[0]["name"]
     yardstick = "lora-full" if name.startswith("lora-") else "full"
     full = {result["seed"]: result for result in by_name.get(yardstick, [])}
@@ -113,7 +113,7 @@ def _entry(found: list[dict[str, Any]], by_name: dict[str, list[dict[str, Any]]]
     own_pairs = [result["attention_cost"]["pairs"] for result, _ in paired]
     return {
         "name": name,
-        "label": found[0]["label"],
+        "label": label,
         "seeds": [result["seed"] for result in found],
         "share": sum(own_pairs) / sum(full_pairs) if paired else found[0]["attention_cost"]["share"],
         "seconds": _told(estimate([result["training"]["seconds"] for result in found])),
@@ -154,7 +154,7 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
     contexts = list(entries[0]["perplexity"])
     distances = [point["distance"] for point in entries[0]["recall"]]
     width = max(len("training attention"), *(len(entry["label"]) for entry in entries))
-    heads = [f"{int(c):>15,}" for c in contexts] + [
+    heads = [f"{int(c):>17,}" for c in contexts] + [
         f"{'gap at ' + contexts[-1]:>17}",
         f"{'pairs':>7}",
         f"{'seconds':>9}",
@@ -162,7 +162,7 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
     heads += [f"{f'recall {d:,}':>14}" for d in distances]
     lines = [f"{'training attention':<{width}}" + "".join(heads) + "  seeds"]
     for entry in entries:
-        cells = [f"{_shown(entry['perplexity'][c], '.2f'):>15}" for c in contexts]
+        cells = [f"{_shown(entry['perplexity'][c], '.3f'):>17}" for c in contexts]
         gap = entry["gap"].get(contexts[-1])
         cells += [
             f"{'' if gap is None else _shown(gap, '+.2%'):>17}",
@@ -172,6 +172,39 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
         ]
         lines.append(f"{entry['label']:<{width}}" + "".join(cells) + f"  {len(entry['seeds'])}")
     return "\n".join(lines)
+
+
+def markdown(entries: Sequence[dict[str, Any]]) -> str:
+    """The study as Markdown tables: perplexity and gap, copies by distance, recall."""
+    contexts = list(entries[0]["perplexity"])
+    first = ["training attention", "pairs", *(f"{int(c):,}" for c in contexts), "gap to full", "seconds"]
+    quality = [
+        [
+            entry["label"],
+            f"{entry['share']:.2f}",
+            *(_shown(entry["perplexity"][c], ".3f") for c in contexts),
+            _shown(entry["gap"][contexts[-1]], "+.2%") if entry["gap"] else "",
+            f"{entry['seconds']['mean']:.0f}",
+        ]
+        for entry in entries
+    ]
+    sorts = entries[0]["by_distance"]
+    second = ["training attention", *(f"{_distances(sort)} ({sort['tokens']:,})" for sort in sorts)]
+    copies = [[entry["label"], *(_shown(sort, ".3f") for sort in entry["by_distance"])] for entry in entries]
+    third = ["training attention", *(f"{point['distance']:,}" for point in entries[0]["recall"])]
+    recalled = [[entry["label"], *(_shown(point, ".1%") for point in entry["recall"])] for entry in entries]
+    return "\n\n".join(_markdown(*part) for part in ((first, quality), (second, copies), (third, recalled)))
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(heads) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *rows))
+
+
+def _distances(sort: dict[str, Any]) -> str:
+    if sort["nearest"] == 0:
+        return "no copy"
+    return f"{sort['nearest']:,} on" if sort["farthest"] is None else f"{sort['nearest']:,} – {sort['farthest'] - 1:,}"
 
 
 def _shown(value: dict[str, Any], form: str) -> str:

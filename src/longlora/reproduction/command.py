@@ -9,7 +9,7 @@ from longlora.demo import recipe
 from longlora.errors import UserError, nearest
 from longlora.models import load_config
 from longlora.positions import original_context
-from longlora.reproduction import attention_study
+from longlora.reproduction import attention_study, figures
 from longlora.reproduction.cells import finished, run_cells
 from longlora.reproduction.measuring import quality_and_reach
 from longlora.run_directory import versions, write_whole
@@ -21,7 +21,7 @@ def reproduce(settings: ReproduceSettings) -> dict[str, Any]:
 
     Returns:
         `{"name", "model", "data", "context", "steps", "tokens", "versions", "methods": [as
-        `attention_study.summary`]}`, also written to OUTPUT/NAME.json.
+        `attention_study.summary`]}`, also written to OUTPUT/NAME.json, with tables.md and figures beside it.
 
     Raises:
         UserError: an unknown cell, a finished cell of other settings, or whatever a cell's run meets.
@@ -47,11 +47,15 @@ def reproduce(settings: ReproduceSettings) -> dict[str, Any]:
         "steps": settings.steps,
         "tokens": settings.steps * base.training.batch * base.positions.context,
         "versions": versions(),
-        "methods": attention_study.summary(results, list(known)),
+        "methods": attention_study.summary(results, known),
     }
+    methods = document["methods"]
     write_whole(folder / f"{settings.name}.json", json.dumps(document, indent=1) + "\n")
+    write_whole(folder / "tables.md", attention_study.markdown(methods) + "\n")
+    write_whole(folder / "trade-off.svg", figures.trade_off(methods))
+    write_whole(folder / "recall.svg", figures.recall_by_distance(methods, base.positions.context // 4))
     if not settings.json:
-        print(attention_study.table(document["methods"]))
+        print(attention_study.table(methods))
     return document
 
 

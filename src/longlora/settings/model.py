@@ -138,7 +138,8 @@ class CorpusSettings:
     """Documents and how they become training rows (paper section 4.1 concatenates)."""
 
     data: tuple[str, ...] = ()
-    """Files, folders (txt, md, source code, PDF, jsonl, jsonl.gz, jsonl.zst, parquet), `hub:NAME`, or `stdlib`."""
+    """Files, folders (txt, md, HTML, EPUB, PDF, source code, jsonl, jsonl.gz, jsonl.zst, parquet), `hub:NAME`, or
+    `stdlib`."""
 
     text_field: str = "text"
     """Field of a JSONL, parquet or hub record that holds the text."""

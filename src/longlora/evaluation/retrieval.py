@@ -1,0 +1,239 @@
+"""Questions about something hidden in a long prompt, asked of one model after another: what passkey and LongEval share.
+
+A task is a list of questions, prompts as tokens. Those that fit are answered greedily, shortest first; each answer is
+judged and appended to a log as it comes; accuracy is the mean over the questions of a cell, such as one context and
+depth. Questions that do not fit are counted, never cut.
+"""
+
+import gc
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedConfig
+
+from longlora.errors import UserError
+from longlora.evaluation.generation import generate_each
+from longlora.evaluation.loading import load_evaluated
+from longlora.evaluation.perplexity import check_positions
+from longlora.evaluation.prompting import PromptFormat
+from longlora.evaluation.trials import Record, TrialLog
+from longlora.losses import unwrapped
+from longlora.model_source import resolve
+from longlora.models import window
+from longlora.run_directory import write_whole
+from longlora.settings import RetrievalSettings
+
+logger = logging.getLogger(__name__)
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One prompt and what its answer should be."""
+
+    trial: str
+    """Its name, unlike any other's of the task; with the task's `about` it determines the prompt."""
+
+    cell: Mapping[str, Any]
+    """What its result is averaged over, such as `{"context": 1024, "depth": 0.5}`."""
+
+    tokens: np.ndarray
+    """The prompt's token ids (N,)."""
+
+    limit: int
+    """Tokens that the prompt and its answer may take together."""
+
+    expected: str
+
+    right: Callable[[list[int]], bool]
+    """Whether the answer with these tokens is right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """The questions of one evaluation and how they are answered."""
+
+    questions: Sequence[Question]
+
+    max_new_tokens: int
+    """Tokens an answer has at most."""
+
+    about: Mapping[str, Any]
+    """What all the questions depend on, such as the seed."""
+
+    stop: Callable[[list[int]], bool] | None = None
+    """Whether an answer is over after these tokens, besides the usual stop tokens."""
+
+    def fits(self, question: Question) -> bool:
+        return len(question.tokens) + self.max_new_tokens <= question.limit
+
+
+MakeTask = Callable[[PromptFormat, PreTrainedConfig], Task]
+
+
+def ask_models(
+    task_name: str,
+    settings: RetrievalSettings,
+    make_task: MakeTask,
+    table: Callable[[Sequence[Document]], str],
+) -> Document:
+    """Ask each of `settings.models` the questions that `make_task` makes for it, and print `table` of the results.
+
+    Returns:
+        For one model `{"model", "label", "task", …, "window", "seconds", "results"}`, for several `{"models": […]}`.
+        A result has its cell, `accuracy` (None where nothing was asked), `trials`, `skipped` (prompts that do not fit)
+        and `tokens` (mean prompt length, which is also `context` where the cell has none).
+
+    Raises:
+        UserError: a model or tokenizer that does not serve, no question that fits, or results that cannot be kept.
+    """
+    files = [_log_file(task_name, position, settings) for position in range(len(settings.models))]
+    for file in files:
+        TrialLog.refuse_to_mix(file, settings.resume)
+    documents = []
+    for name, file in zip(settings.models, files, strict=True):
+        documents.append(_ask(task_name, name, file, settings, make_task))
+        gc.collect()
+    if not settings.json:
+        print(table(documents))
+    return documents[0] if len(documents) == 1 else {"models": documents}
+
+
+def window_of(config: PreTrainedConfig, flag: str) -> int:
+    """The window in tokens that `config` declares.
+
+    Raises:
+        UserError: it declares none; the sentence asks for `flag`.
+    """
+    found = window(config)
+    if found is None:
+        raise UserError(f"this {config.model_type} model's config does not tell its window: give {flag}.")
+    return found
+
+
+def summarize(task: Task, records: Mapping[str, Record]) -> list[dict[str, Any]]:
+    """One result for each cell, in the order of the questions, from what the trials came to."""
+    cells: dict[str, list[Question]] = {}
+    for question in task.questions:
+        cells.setdefault(json.dumps(question.cell), []).append(question)
+    results = []
+    for questions in cells.values():
+        asked = [question for question in questions if question.trial in records]
+        right = sum(bool(records[question.trial]["correct"]) for question in asked)
+        tokens = round(float(np.mean([len(question.tokens) for question in asked or questions])))
+        results.append(
+            {
+                "context": tokens,
+                **questions[0].cell,
+                "accuracy": right / len(asked) if asked else None,
+                "trials": len(asked),
+                "skipped": len(questions) - len(asked),
+                "tokens": tokens,
+            }
+        )
+    return results
+
+
+def _ask(task_name: str, name: str, file: Path | None, settings: RetrievalSettings, make_task: MakeTask) -> Document:
+    """The results document of one model, which goes beside its log `file`."""
+    model, tokenizer, label = load_evaluated(name, settings)
+    config = unwrapped(model).config
+    form = PromptFormat(tokenizer, chat=settings.chat, bos=settings.bos, system=settings.system)
+    task = make_task(form, config)
+    asked = _questions_that_fit(task_name, task)
+    check_positions(config, [max(len(question.tokens) for question in asked) + task.max_new_tokens])
+
+    dtype = str(unwrapped(model).dtype).removeprefix("torch.")
+    about = {"task": task_name, "model": name, "label": label, "dtype": dtype, **form.description, **task.about}
+    with TrialLog.opened(file, {**about, "weights": _fingerprint(name, settings)}, settings.resume) as log:
+        pending = [question for question in asked if question.trial not in log.records]
+        if file and len(pending) < len(asked):
+            logger.info("%d of %d trials are there already", len(asked) - len(pending), len(asked))
+        if file and pending:
+            logger.info("each trial goes into %s; if this stops, the same command with --resume goes on", file)
+        _answer(f"{task_name} of {label}", model, form, task, pending, settings.evaluation_batch, log)
+        records = {question.trial: log.records[question.trial] for question in asked}
+        document = {
+            **about,
+            "window": window(config),
+            "max_new_tokens": task.max_new_tokens,
+            "seconds": round(sum(record["seconds"] for record in records.values()), 1),
+            "results": summarize(task, records),
+        }
+        if file:
+            write_whole(file.with_suffix(".json"), json.dumps(document, indent=1) + "\n")
+    return document
+
+
+def _questions_that_fit(task_name: str, task: Task) -> list[Question]:
+    asked = [question for question in task.questions if task.fits(question)]
+    if not asked:
+        closest = min(task.questions, key=lambda question: len(question.tokens) - question.limit)
+        raise UserError(
+            f"no prompt of {task_name} fits: the closest takes {len(closest.tokens) + task.max_new_tokens:,} tokens "
+            f"with its answer, and {closest.limit:,} are allowed; ask for shorter ones, or allow more where the "
+            "model's window does."
+        )
+    if left_out := len(task.questions) - len(asked):
+        logger.warning(
+            "%s: %d of %d prompts do not fit with their answers and are not asked",
+            task_name,
+            left_out,
+            len(task.questions),
+        )
+    return asked
+
+
+def _answer(
+    title: str, model: nn.Module, form: PromptFormat, task: Task, pending: list[Question], batch: int, log: TrialLog
+) -> None:
+    """Let `model` answer the questions, and keep what each comes to."""
+    prompts = [question.tokens for question in pending]
+    stop_tokens = form.stop_tokens(unwrapped(model))
+    before = time.monotonic()
+    for index, tokens in generate_each(
+        model, prompts, task.max_new_tokens, stop_tokens=stop_tokens, stop=task.stop, batch=batch, progress=title
+    ):
+        question, now = pending[index], time.monotonic()
+        record = {
+            **question.cell,
+            "correct": question.right(tokens),
+            "expected": question.expected,
+            "answer": form.text(tokens),
+            "tokens": len(question.tokens),
+            "seconds": round(now - before, 3),  # since the trial before: those of one pass come together
+        }
+        log.append(question.trial, record)
+        before = now
+
+
+def _log_file(task_name: str, position: int, settings: RetrievalSettings) -> Path | None:
+    """Where the trials of `settings.models[position]` go."""
+    name = settings.models[position]
+    if settings.output and len(settings.models) > 1:
+        return Path(settings.output) / f"{position + 1}-{Path(name).stem or 'model'}" / f"{task_name}.jsonl"
+    if settings.output:
+        return Path(settings.output) / f"{task_name}.jsonl"
+    if resolve(name).kind == "run":
+        return Path(name).expanduser() / "evaluation" / f"{task_name}.jsonl"
+    return None
+
+
+def _fingerprint(name: str, settings: RetrievalSettings) -> str:
+    """Changes when the model's own files do, so that old trials are not taken for a new model's."""
+    source = resolve(name, settings.loading.revision)
+    place = Path(source.location)
+    files: Iterable[Path] = []
+    if source.kind != "hub":
+        files = [place] if place.is_file() else [*place.glob("*.safetensors"), *place.glob("*config.json")]
+    found = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
+    return hashlib.sha256(json.dumps([source.location, source.revision, found]).encode()).hexdigest()[:16]

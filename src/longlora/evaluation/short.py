@@ -1,0 +1,227 @@
+"""`longlora eval short`: is anything lost at the lengths that the model could do before?
+
+Perplexity inside the old window and any lm-eval tasks, of a model and of what it was made from, on the same documents
+and samples, with a verdict for each: "regressed by 3.5%".
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+from longlora.corpus.tokens import TokenizedCorpus, tokenize_corpus
+from longlora.errors import UserError
+from longlora.evaluation.loading import data_name, held_out, load_evaluated, require_lm_eval, same_tokens
+from longlora.evaluation.perplexity import perplexity
+from longlora.models import load_config, locate, window
+from longlora.settings import EvaluateShortSettings, PerplexitySettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a model is compared with, and where."""
+
+    baseline: str
+    revision: str | None
+    """Of a baseline on the hub."""
+    perplexity: PerplexitySettings
+    window: int
+    """Tokens that a sample of a task and its answer may have."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one model scores."""
+
+    label: str
+    corpus: TokenizedCorpus
+    perplexities: list[dict[str, Any]]
+    """For each context `{"context", "perplexity", "nll", "tokens", "documents", "skipped_documents"}`."""
+    tasks: list[dict[str, Any]]
+    """For each task and metric `{"task", "metric", "value", "higher_is_better", "samples"}`."""
+
+
+def evaluate_short(settings: EvaluateShortSettings) -> dict[str, Any]:
+    """Run `longlora eval short`.
+
+    Returns:
+        For one model `{"model", "label", "baseline", "data", "stride", "score", "results": [{"context", "before",
+        "after", "change_percent", "verdict", "tokens", "documents"}], "tasks": [{"task", "metric", "before", "after",
+        "change_percent", "verdict", "samples"}]}`; for several `{"models": [one such document each]}`. `before` and
+        `after` are perplexities, or values of the metric; `change_percent` is after / before - 1 in percent, None where
+        before is 0.
+
+    Raises:
+        UserError: a model whose base is unknown, a baseline with another tokenizer, a document, context or task that
+            does not fit.
+    """
+    # What is missing should come up now, not after hours.
+    plans = [_plan(name, settings) for name in settings.models]
+    tasks = _tasks(settings)
+    before: dict[Plan, Measured] = {}
+    documents = []
+    for name, plan in zip(settings.models, plans, strict=True):
+        if plan not in before:
+            untouched = replace(settings, extend_to=None, loading=replace(settings.loading, revision=plan.revision))
+            before[plan] = _measure(plan.baseline, untouched, plan, tasks)
+        after = _measure(name, settings, plan, tasks, before[plan])
+        documents.append(_compare(name, plan, before[plan], after, settings))
+    if not settings.json:
+        print("\n\n".join(short_table(document) for document in documents))
+    return documents[0] if len(documents) == 1 else {"models": documents}
+
+
+def baseline_of(name: str, settings: EvaluateShortSettings) -> tuple[str, str | None]:
+    """MODEL and hub revision to compare `name` with.
+
+    Raises:
+        UserError: it is not given, and `name` neither says what it was made from nor is stretched by this command.
+    """
+    if settings.baseline is not None:
+        return settings.baseline, None
+    if settings.extend_to:
+        return name, settings.loading.revision
+    source = locate(name, settings.loading.revision)
+    if source.base is None:
+        raise UserError(
+            f"MODEL '{name}' does not say what it was made from: give the model to compare it with, --baseline MODEL."
+        )
+    return source.base, source.base_revision
+
+
+def verdict(before: float, after: float, higher_is_better: bool) -> str:
+    """The change in words, as a share of what it was before.
+
+    >>> verdict(11.51, 11.91, higher_is_better=False), verdict(0.50, 0.52, higher_is_better=True)
+    ('regressed by 3.5%', 'improved by 4.0%')
+    """
+    if before == 0:
+        change, amount = after, f"from 0 to {after:.3g}"
+    else:
+        change = after / before - 1
+        amount = f"by {abs(change):.1%}"
+    if amount in ("by 0.0%", "from 0 to 0"):
+        return "unchanged"
+    return f"{'improved' if (change > 0) == higher_is_better else 'regressed'} {amount}"
+
+
+def short_table(document: dict[str, Any]) -> str:
+    """The comparison for people."""
+    lines = [f"{document['label']}, against {document['baseline']}"]
+    rows = [(f"perplexity at {row['context']:,}", row) for row in document["results"]]
+    rows += [(f"{row['task']}, {row['metric']}", row) for row in document["tasks"]]
+    width = max(len(what) for what, _ in rows) + 2
+    lines.append(f"{'':<{width}}{'before':>10}{'after':>10}")
+    for what, row in rows:
+        digits = 2 if "context" in row else 4
+        counted = f"{row['tokens']:,} tokens" if "context" in row else f"{row['samples']:,} samples"
+        numbers = f"{row['before']:>10.{digits}f}{row['after']:>10.{digits}f}"
+        lines.append(f"{what:<{width}}{numbers}  {row['verdict']} ({counted})")
+    counts = sorted({row["documents"] for row in document["results"]})
+    lines.append(
+        f"{document['data']}; {', '.join(f'{count:,}' for count in counts)} documents, stride {document['stride']}, "
+        f"score {document['score']}"
+    )
+    return "\n".join(lines)
+
+
+def _plan(name: str, settings: EvaluateShortSettings) -> Plan:
+    """The comparison of one model: inside the window that both it and its baseline have."""
+    baseline, revision = baseline_of(name, settings)
+    places = ((baseline, revision), (name, settings.loading.revision))
+    trust = settings.loading.trust_remote_code
+    known = [window(load_config(place, trust_remote_code=trust, revision=revision)) for place, revision in places]
+    both = min((tokens for tokens in known if tokens), default=None)
+    perplexities = _with_contexts(settings.perplexity, both)
+    return Plan(baseline, revision, perplexities, both or max(perplexities.contexts))
+
+
+def _with_contexts(settings: PerplexitySettings, both: int | None) -> PerplexitySettings:
+    """`settings` with contexts up to the window `both`, and with the same documents at each of them.
+
+    Raises:
+        UserError: neither contexts nor window are known, or the stride is longer than the window.
+    """
+    contexts = settings.contexts
+    if not contexts and both is None:
+        raise UserError("neither model's config tells its window: give --contexts.")
+    if not contexts and both is not None:
+        contexts = tuple(context for context in (both // 4, both // 2, both) if context >= settings.stride)
+    if not contexts:
+        raise UserError(f"--stride is {settings.stride}: it must be at most the shorter window, {both} tokens.")
+    return replace(settings, contexts=contexts, min_document_tokens=settings.min_document_tokens or max(contexts))
+
+
+def _tasks(settings: EvaluateShortSettings) -> list[Any]:
+    """lm-eval's tasks, with their data."""
+    if not settings.tasks:
+        return []
+    require_lm_eval("--tasks")
+    from longlora.evaluation.harness import load_tasks
+
+    return load_tasks(settings.tasks)
+
+
+def _measure(
+    name: str, settings: EvaluateShortSettings, plan: Plan, tasks: list[Any], baseline: Measured | None = None
+) -> Measured:
+    """Scores of the model `name`."""
+    model, tokenizer, label = load_evaluated(name, settings)
+    corpus = tokenize_corpus(tokenizer, settings.corpus, held_out=held_out(settings.corpus))
+    if baseline is not None and not same_tokens(corpus, baseline.corpus):
+        raise UserError(
+            f"'{name}' and its baseline '{baseline.label}' have different tokenizers, so their perplexities cannot be "
+            "compared: give --baseline the model that it was made from."
+        )
+    logger.info("short contexts of %s", label)
+    results = perplexity(model, corpus, plan.perplexity)
+    rows: list[dict[str, Any]] = []
+    if tasks:
+        from longlora.evaluation.harness import LoadedModel, run_tasks
+
+        logger.info("lm-eval tasks of %s: %s", label, ", ".join(settings.tasks))
+        rows = run_tasks(LoadedModel(model, tokenizer, plan.window), tasks, settings.limit)
+    return Measured(label, corpus, [result.to_dict() for result in results], rows)
+
+
+def _compare(
+    name: str, plan: Plan, before: Measured, after: Measured, settings: EvaluateShortSettings
+) -> dict[str, Any]:
+    results = [
+        {
+            "context": one["context"],
+            **_change(one["perplexity"], other["perplexity"], higher_is_better=False),
+            "tokens": one["tokens"],
+            "documents": one["documents"],
+        }
+        for one, other in zip(before.perplexities, after.perplexities, strict=True)
+    ]
+    tasks = [
+        {
+            "task": one["task"],
+            "metric": one["metric"],
+            **_change(one["value"], other["value"], one["higher_is_better"]),
+            "samples": one["samples"],
+        }
+        for one, other in zip(before.tasks, after.tasks, strict=True)
+    ]
+    return {
+        "model": name,
+        "label": after.label,
+        "baseline": plan.baseline,
+        "data": data_name(settings.corpus),
+        "stride": settings.perplexity.stride,
+        "score": settings.perplexity.score,
+        "results": results,
+        "tasks": tasks,
+    }
+
+
+def _change(before: float, after: float, higher_is_better: bool) -> dict[str, Any]:
+    return {
+        "before": before,
+        "after": after,
+        "change_percent": 100 * (after / before - 1) if before else None,
+        "verdict": verdict(before, after, higher_is_better),
+    }

@@ -1,0 +1,121 @@
+"""Trials that survive a kill: one JSON line each, appended as it comes, and what is there already is not asked again.
+
+passkey.jsonl   {"about": {…}}                                         what the trials have in common
+                {"trial": "1024/0.25/0", "correct": true, …}           one line a trial
+passkey.json    the results document, once all trials are there
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from longlora.errors import UserError
+
+Record = dict[str, Any]
+
+
+class TrialLog:
+    """The trials of one evaluation so far; in a file, or only in memory."""
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.file = file
+        self.records: dict[str, Record] = {}
+        """What each trial came to, by its name."""
+        self._handle: Any = None
+
+    @staticmethod
+    def refuse_to_mix(file: Path | None, resume: bool) -> None:
+        """For a check before the work begins: raises where `opened` would because `resume` is off."""
+        if file is None or resume or not file.is_file():
+            return
+        trials = file.read_bytes().count(b"\n") - 1
+        if trials > 0:
+            raise UserError(
+                f"{file} holds {trials:,} trials already: give --resume to go on with them, or name another --output."
+            )
+
+    @classmethod
+    @contextmanager
+    def opened(cls, file: Path | None, about: Mapping[str, Any], resume: bool) -> Iterator["TrialLog"]:
+        """The log in `file`, held for this process; without a file, one that is forgotten.
+
+        A last line that a kill cut short is dropped.
+
+        Args:
+            file: created, with its folder, if it is not there.
+            about: what the trials depend on (model, seed, …); it must be the same when going on.
+            resume: go on with what the file holds.
+
+        Raises:
+            UserError: the file holds trials and `resume` is off, or they are about something else; the file is held by
+                another process, or cannot be written.
+        """
+        if file is None:
+            yield cls()
+            return
+        log = cls(file)
+        cls.refuse_to_mix(file, resume)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            handle = file.open("a+", encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise UserError(f"{file} cannot be written ({error.strerror}): name another --output.") from error
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(
+                    f"{file} is in use by another evaluation: wait until it has ended, or name another --output."
+                ) from error
+            log._handle = handle
+            log._begin(dict(about))
+            yield log
+
+    def append(self, trial: str, record: Mapping[str, Any]) -> None:
+        """Keep what `trial` came to; it is on disk when this returns."""
+        self.records[trial] = dict(record)
+        self._write({"trial": trial, **record})
+
+    def _begin(self, about: Record) -> None:
+        about = json.loads(json.dumps(about))
+        header, *trials = self._whole_lines() or [{}]
+        if not trials:
+            self._handle.truncate(0)
+            self._write({"about": about})
+            return
+        for name in sorted(about | header["about"]):
+            before, now = header["about"].get(name), about.get(name)
+            if before != now:
+                raise UserError(
+                    f"--resume: '{name}' was {before!r} for the trials in {self.file} and is now {now!r}; go on with "
+                    "the first value, or name another --output."
+                )
+        self.records = {line.pop("trial"): line for line in trials}
+
+    def _whole_lines(self) -> list[Record]:
+        """The file's records; a last line that a kill cut short is removed."""
+        self._handle.seek(0)
+        *texts, last = self._handle.read().split("\n")
+        if last:
+            self._handle.truncate(sum(len(text.encode()) + 1 for text in texts))
+        lines = []
+        for number, text in enumerate(texts, 1):
+            try:
+                lines.append(json.loads(text))
+                lines[-1]["about" if number == 1 else "trial"]
+            except (json.JSONDecodeError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"{self.file}, line {number} is no record of a trial: remove the file, or name another --output."
+                ) from error
+        return lines
+
+    def _write(self, record: Record) -> None:
+        if self._handle is None:
+            return
+        self._handle.write(json.dumps(record) + "\n")
+        self._handle.flush()
+        os.fsync(self._handle.fileno())

@@ -1,0 +1,1 @@
+"""`longlora export`: a model as one GGUF file, which llama.cpp and Ollama run."""

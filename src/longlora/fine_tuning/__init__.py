@@ -1,0 +1,1 @@
+"""`longlora sft`: supervised fine-tuning on questions about long documents."""

@@ -1,0 +1,293 @@
+"""`longlora sft`: a model and question-answer pairs in, a model that answers about long documents out, measured.
+
+pairs ──► conversations ──► examples ──► packed rows ─┐
+MODEL ──► (longer positions) ──► adapter, new or its own ──► training ──► run directory
+                 └──────────── loss of held-out answers, before and after ───────────┘
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from longlora.adapters import add_adapters_from
+from longlora.attention.transformers_backend import use_shifted_attention
+from longlora.conversations import ConversationFormat, Example
+from longlora.errors import UserError
+from longlora.extension import announce_trainable, flat, nothing_left_behind, refuse_unknown_token, save_result
+from longlora.fine_tuning.answer_loss import answer_loss
+from longlora.fine_tuning.examples import hold_out, read_examples
+from longlora.fine_tuning.packing import PackedExamples, collate, pack_examples
+from longlora.losses import unwrapped
+from longlora.model_source import ModelSource, locate
+from longlora.models import load, load_config, window
+from longlora.positions import PositionExtension, extend_positions, original_context
+from longlora.report.page import write_report
+from longlora.run_directory import RunDirectory
+from longlora.settings import SftSettings, TrainableSettings
+from longlora.training import refuse_missing_trackers, train
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known before any weight is read."""
+
+    source: ModelSource
+    present: int
+    """Window of MODEL in tokens."""
+    context: int
+    """Tokens of the longest example."""
+
+    @property
+    def extends(self) -> bool:
+        return self.context > self.present
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads."""
+
+    rows: PackedExamples
+    held_out: Sequence[Example]
+    held_out_name: str
+    facts: dict[str, Any]
+
+
+def sft(settings: SftSettings) -> dict[str, Any]:
+    """Run `longlora sft`.
+
+    The adapter of a run directory or adapter folder goes on training as it is, and so the result, too, goes on the
+    model that it was made for; any other MODEL gets a fresh one (or trains in full, as `--train` says).
+
+    Returns:
+        `{"output", "model", "positions", "attention", "trainable", "training", "data", "answers"}`, also written to
+        the run directory as `evaluation/summary.json`. `data` is `{"name", "prompt_format", "pairs", "examples",
+        "held_out", "tokens", "answer_tokens", "rows", "longest", "too_long": {"pairs", "where"},
+        "answers_without_loss"}`; `answers` has for `base`, `untrained` (where positions were stretched) and `trained`
+        `{"label", "order", "model", "data", "nll", "perplexity", "tokens", "examples"}`.
+
+    Raises:
+        UserError: any setting, pair, model or folder that does not fit, before anything is trained.
+    """
+    plan = _plan(settings)
+    run = RunDirectory(settings.output)
+    with run.locked(), nothing_left_behind(run):
+        run.begin("sft", flat(settings) | _base(plan.source), settings.training.resume)
+        model, tokenizer = _load(settings, plan.source)
+        # here already, so that a model that cannot be served is refused before hours of work
+        use_shifted_attention(model, settings.attention.tokens_per_group(plan.context))
+        conversations = ConversationFormat(tokenizer, settings.prompt_format)
+        data = _prepare(settings, conversations, plan.context)
+        largest = max(int(example.tokens.max()) for example in [*data.rows.examples, *data.held_out])
+        refuse_unknown_token(largest, model, settings.model)
+        training = settings.training.for_rows(len(data.rows))
+        _look_at_steps(settings, len(data.rows), training.steps)
+
+        answers = {}
+        if data.held_out:
+            answers["base"] = _measure(run, "base", "before", model, settings, data, 0)
+        extension = _extend(model, plan, settings.method)
+        if data.held_out and plan.extends:
+            label = f"{settings.method}, not trained"
+            answers["untrained"] = _measure(run, "untrained", label, model, settings, data, 1)
+
+        set_seed(settings.training.seed)
+        trainee = model if isinstance(model, PeftModel) else add_adapters_from(settings.trainable, model)
+        trainable = announce_trainable(trainee)
+        steps_an_epoch = math.ceil(len(data.rows) / training.batch)
+        trained = train(
+            trainee,
+            data.rows,
+            training,
+            settings.attention,
+            run,
+            held_out_loss=_held_out_loss(settings, data) if data.held_out else None,
+            context=plan.context,
+            tokens_per_step=round(data.rows.tokens / steps_an_epoch),
+            collate=collate,
+        )
+        if conversations.template is not None:
+            tokenizer.chat_template = conversations.template  # so that whoever uses the result asks as it was taught
+        save_result(trainee, tokenizer, run, extension.context)
+        trainee.eval()
+        if data.held_out:
+            answers["trained"] = _measure(run, "trained", "after", trainee, settings, data, 2)
+        group_size = settings.attention.tokens_per_group(plan.context)
+        summary = {
+            "output": str(run.path),
+            "model": settings.model,
+            "positions": asdict(extension),
+            "attention": asdict(settings.attention) | {"group_size": group_size},
+            "trainable": trainable,
+            "training": trained,
+            "data": data.facts,
+            "answers": answers,
+        }
+        run.write_evaluation("summary", summary)
+        if run.writes:
+            write_report(run.path)
+    if run.writes and not settings.json:
+        print(_story(summary))
+    return summary
+
+
+def _plan(settings: SftSettings) -> Plan:
+    """Mistakes that need no weights to see."""
+    refuse_missing_trackers(settings.training)
+    loading = settings.loading
+    source = locate(settings.model, loading.revision)
+    config = load_config(settings.model, trust_remote_code=loading.trust_remote_code, revision=loading.revision)
+    present = window(config)
+    if present is None:
+        raise UserError(f"the config of {settings.model} does not tell its window: set its max_position_embeddings.")
+    plan = Plan(source, present, settings.context or present)
+    if not plan.extends and settings.method != type(settings).method:
+        raise UserError(
+            f"--method {settings.method} has no effect: {plan.context:,} tokens fit the window that {settings.model} "
+            f"has, {present:,}; leave it out, or give a longer --context."
+        )
+    if source.is_adapter and settings.trainable != TrainableSettings():
+        raise UserError(
+            f"--train, --rank, --alpha and --lora-dropout have no effect: the adapter of {settings.model} goes on "
+            f"training as it is. Leave them out, or merge it first (`longlora merge {settings.model} --output FOLDER`) "
+            "and fine-tune the folder with a fresh adapter."
+        )
+    group = settings.attention.tokens_per_group(plan.context)
+    if group > plan.context:
+        raise UserError(f"--group-size is {group:,}: it must be at most the context, {plan.context:,} tokens.")
+    return plan
+
+
+def _base(source: ModelSource) -> dict[str, Any]:
+    """What the run records of the model that its adapter goes on, where that is not MODEL itself."""
+    if not source.is_adapter:
+        return {}
+    return {"base": source.base, "base_revision": source.base_revision}
+
+
+def _load(settings: SftSettings, source: ModelSource) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    return load(
+        settings.model,
+        dtype=settings.training.dtype,
+        device="auto",
+        trust_remote_code=settings.loading.trust_remote_code,
+        revision=settings.loading.revision,
+        trainable=source.is_adapter,
+    )
+
+
+def _prepare(settings: SftSettings, conversations: ConversationFormat, context: int) -> Data:
+    read = read_examples(settings.data, conversations, context)
+    if settings.evaluation_data:
+        training, held_out = read.examples, read_examples(settings.evaluation_data, conversations, context).examples
+    else:
+        training, held_out = hold_out(read, settings.held_out, settings.training.seed)
+    rows = pack_examples(training, context, settings.training.seed)
+    answer_tokens = sum(example.answer_tokens for example in training)
+    logger.info(
+        "%s examples, %s tokens (%s of answers), in %s rows of at most %s; %s held out",
+        f"{len(training):,}",
+        f"{rows.tokens:,}",
+        f"{answer_tokens:,}",
+        f"{len(rows):,}",
+        f"{context:,}",
+        f"{len(held_out):,}" if held_out else "nothing",
+    )
+    facts = {
+        "name": ", ".join(settings.data),
+        "prompt_format": conversations.name,
+        "examples": len(training),
+        "held_out": len(held_out),
+        "tokens": rows.tokens,
+        "answer_tokens": answer_tokens,
+        "rows": len(rows),
+        **read.facts(),
+    }
+    return Data(rows, held_out, ", ".join(settings.evaluation_data or settings.data), facts)
+
+
+def _look_at_steps(settings: SftSettings, rows: int, steps: int) -> None:
+    """Say, or refuse, what does not fit together once the number of steps is known."""
+    training = settings.training
+    if settings.attention.full_attention_steps > steps:
+        raise UserError(
+            f"--full-attention-steps is {settings.attention.full_attention_steps:,}: it must be at most the steps, "
+            f"{steps:,}."
+        )
+    if rows < training.batch:
+        logger.warning(
+            "each step takes all %d rows, fewer than --batch %d: a lower one makes more", rows, training.batch
+        )
+    if steps <= training.warmup_steps:
+        logger.warning(
+            "%d steps are within the warm-up of %d: the learning rate never reaches --lr; lower --warmup-steps, or "
+            "--batch for more steps",
+            steps,
+            training.warmup_steps,
+        )
+
+
+def _extend(model: PreTrainedModel | PeftModel, plan: Plan, method: str) -> PositionExtension:
+    base = unwrapped(model)
+    if plan.extends:
+        return extend_positions(base, plan.context, method)
+    try:
+        original = original_context(base.config)
+    except UserError:  # learned positions
+        original = plan.present
+    message = f"the window stays as it is, {plan.present} tokens."
+    return PositionExtension("none", original, plan.present, plan.present, plan.present / original, False, message)
+
+
+def _held_out_loss(settings: SftSettings, data: Data) -> Any:
+    chunk = settings.training.loss_chunk
+    return lambda model: answer_loss(model, data.held_out, chunk=chunk, progress=False).nll
+
+
+def _measure(
+    run: RunDirectory, name: str, label: str, model: Any, settings: SftSettings, data: Data, order: int
+) -> dict[str, Any]:
+    """Loss of the held-out answers, kept as `evaluation/answers-NAME.json` for a resumed run."""
+    file = f"answers-{name}"
+    # what training changes is measured anew: a resumed run may have been given more steps
+    known = run.read_evaluation(file) if settings.training.resume and name != "trained" else None
+    if known:
+        return known
+    measured = answer_loss(model, data.held_out, chunk=settings.training.loss_chunk)
+    document = {
+        "label": label,
+        "order": order,
+        "model": settings.model,
+        "data": data.held_out_name,
+        **asdict(measured),
+    }
+    logger.info("loss of held-out answers %s: %.3f nats a token", label, measured.nll)
+    run.write_evaluation(file, document)
+    return document
+
+
+def _story(summary: dict[str, Any]) -> str:
+    """What came of it, for a person at a terminal."""
+    lines = []
+    if summary["answers"]:
+        first = next(iter(summary["answers"].values()))
+        lines.append(f"loss of {first['examples']:,} held-out answers ({first['tokens']:,} tokens), nats a token")
+        width = max(len(each["label"]) for each in summary["answers"].values())
+        lines += [
+            f"  {each['label']:<{width}}  {each['nll']:.3f}   perplexity {each['perplexity']:.2f}"
+            for each in summary["answers"].values()
+        ]
+    left_out = summary["data"]["too_long"]["pairs"]
+    if left_out:
+        lines.append(f"left out  {left_out:,} of {summary['data']['pairs']:,} pairs, too long for the context")
+    result = "model" if "full" in summary["trainable"]["groups"] else "adapter"
+    lines += [f"result    {summary['output']}/{result}", f"report    {summary['output']}/report.html"]
+    if result == "adapter":
+        lines.append(f"merge     longlora merge {summary['output']} --output FOLDER")
+    return "\n".join(lines)

@@ -1,0 +1,36 @@
+"""Time of training at a given rate: operations of an optimiser step over what the GPUs compute in a second."""
+
+from collections import Counter
+from typing import Any
+
+from longlora.planner.anatomy import Anatomy
+from longlora.planner.flops import causal_flops, training_flops
+from longlora.settings import PlanSettings
+from longlora.training import attention_at
+
+
+def duration(anatomy: Anatomy, settings: PlanSettings, gradient_checkpointing: bool) -> dict[str, Any]:
+    """Seconds by the attention of the run and by full attention; communication and offloading are not in it.
+
+    Returns:
+        `{"rate", "s2": {"flops_per_step", "seconds_per_step", "tokens_per_second", "seconds"}, "full": …}`; rate in
+        FLOP/s over all GPUs, operations of what causal kernels compute.
+    """
+    training, attention, context = settings.training, settings.attention, settings.positions.context
+    rate = settings.rate * settings.gpus
+    ways = Counter(attention_at(attention, context, step, training.steps) for step in range(training.steps))
+    full = Counter({("full", context): training.steps})
+    found: dict[str, Any] = {"rate": rate}
+    for name, schedule in (("s2", ways), ("full", full)):
+        row = 0.0
+        for (pattern, group_size), steps in schedule.items():
+            forward = causal_flops(anatomy, context, attention, pattern, min(group_size, context))
+            row += training_flops(anatomy, forward, context, gradient_checkpointing) * steps / training.steps
+        flops = row * training.batch
+        found[name] = {
+            "flops_per_step": round(flops),
+            "seconds_per_step": flops / rate,
+            "tokens_per_second": training.batch * context / (flops / rate),
+            "seconds": training.steps * flops / rate,
+        }
+    return found

@@ -1,0 +1,107 @@
+"""Figures of the studies as SVG files that stand by themselves, for documents and for a README."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from longlora.report.axes import Axis, linear_axis
+from longlora.report.svg import Drawing, text_width
+
+WIDTH, HEIGHT = 760, 420
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 20, 52
+INK, FAINT = "#4b5563", "#d1d5db"
+TONES = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#dc2626", "#475569", "#92400e")
+FONT = "system-ui, sans-serif"
+
+
+def trade_off(entries: Sequence[dict[str, Any]]) -> str:
+    """Perplexity at the target context against the share of full attention's query-key pairs, with standard errors.
+
+    Args:
+        entries: as `longlora.reproduction.attention_study.summary` returns them.
+    """
+    target = list(entries[0]["perplexity"])[-1]
+    found = [(entry, entry["perplexity"][target]) for entry in entries]
+    low = min(point["mean"] - (point["error"] or 0) for _, point in found)
+    high = max(point["mean"] + (point["error"] or 0) for _, point in found)
+    x = linear_axis("query-key pairs, of full attention's", 0, 1, ticks=5)
+    y = linear_axis(f"held-out perplexity at {int(target):,} tokens, tested with full attention", low, high)
+    drawing = _frame(x, y, f"{y.title}, against {x.title}.")
+    labels: list[tuple[float, float]] = []
+    for number, (entry, point) in enumerate(found):
+        tone = TONES[number % len(TONES)]
+        across, up = _across(x, entry["share"]), _up(y, point["mean"])
+        if point["error"]:
+            ends = (_up(y, point["mean"] - point["error"]), _up(y, point["mean"] + point["error"]))
+            drawing.add("path", d=f"M{across:.1f} {ends[0]:.1f}V{ends[1]:.1f}", stroke=tone, stroke_width=2)
+        drawing.add("circle", f"{entry['label']}: {point['mean']:.3f}", cx=across, cy=up, r=4.5, fill=tone)
+        right = across + 9 + text_width(entry["label"]) < WIDTH - RIGHT
+        height = up + 4
+        while any(abs(height - other) < 14 and abs(across - place) < 180 for place, other in labels):
+            height += 3
+        labels.append((across, height))
+        _text(drawing, across + (9 if right else -9), height, entry["label"], "start" if right else "end", tone)
+    return str(drawing)
+
+
+def recall_by_distance(entries: Sequence[dict[str, Any]], group: int) -> str:
+    """Share of a repeated passage that is found again, against its distance in tokens; the group is marked."""
+    distances = [point["distance"] for point in entries[0]["recall"]]
+    means = [point["mean"] for entry in entries for point in entry["recall"]]
+    x = linear_axis("tokens from a passage to its repetition", 0, max(distances) * 1.25, ticks=6, label=_whole)
+    y = linear_axis("share of the passage's tokens ranked first", min(means) - 0.02, max(means) + 0.02, label=_percent)
+    drawing = _frame(x, y, f"{y.title}, against {x.title}.")
+    edge = _across(x, group)
+    drawing.add("path", d=f"M{edge:.1f} {TOP}V{HEIGHT - BOTTOM}", stroke=INK, stroke_dasharray="4 4")
+    _text(drawing, edge + 5, HEIGHT - BOTTOM - 8, f"one group, {group:,} tokens", "start", INK)
+    labels: list[tuple[float, str, str]] = []
+    for number, entry in enumerate(entries):
+        tone = TONES[number % len(TONES)]
+        points = [(_across(x, point["distance"]), _up(y, point["mean"])) for point in entry["recall"]]
+        path = "M" + "L".join(f"{across:.1f} {up:.1f}" for across, up in points)
+        drawing.add("path", d=path, stroke=tone, stroke_width=2, fill="none")
+        for (across, up), point in zip(points, entry["recall"], strict=True):
+            drawing.add("circle", f"{entry['label']}: {point['mean']:.1%}", cx=across, cy=up, r=3.5, fill=tone)
+        labels.append((points[-1][1] + 4, entry["label"], tone))
+    below = -math.inf
+    for height, label, tone in sorted(labels):
+        below = max(height, below + 14)
+        _text(drawing, _across(x, max(distances)) + 8, below, label, "start", tone)
+    return str(drawing)
+
+
+def _frame(x: Axis, y: Axis, description: str) -> Drawing:
+    drawing = Drawing(WIDTH, HEIGHT, description)
+    drawing.root.set("xmlns", "http://www.w3.org/2000/svg")
+    drawing.root.set("font-family", FONT)
+    drawing.root.set("font-size", "12")
+    drawing.add("rect", x=0, y=0, width=WIDTH, height=HEIGHT, fill="#ffffff")
+    for value, label in y.ticks:
+        height = _up(y, value)
+        drawing.add("path", d=f"M{LEFT} {height:.1f}H{WIDTH - RIGHT}", stroke=FAINT)
+        _text(drawing, LEFT - 8, height + 4, label, "end", INK)
+    for value, label in x.ticks:
+        _text(drawing, _across(x, value), HEIGHT - BOTTOM + 18, label, "middle", INK)
+    _text(drawing, (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, x.title, "middle", INK)
+    _text(drawing, LEFT, TOP - 6, y.title, "start", INK)
+    return drawing
+
+
+def _text(drawing: Drawing, x: float, y: float, words: str, anchor: str, tone: str) -> None:
+    drawing.add("text", x=x, y=y, text_anchor=anchor, fill=tone).text = words
+
+
+def _across(axis: Axis, value: float) -> float:
+    return LEFT + axis.place(value) * (WIDTH - LEFT - RIGHT)
+
+
+def _up(axis: Axis, value: float) -> float:
+    return HEIGHT - BOTTOM - axis.place(value) * (HEIGHT - TOP - BOTTOM)
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.0%}"

@@ -1,0 +1,112 @@
+"""Knobs of `longlora eval short` and `longppl`, and what all evaluations of models share."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from longlora.errors import UserError, check_choice
+from longlora.settings.evaluation import PerplexitySettings
+from longlora.settings.fields import DTYPES, CommandSettings, LoadSettings, Names, at_least, choice
+from longlora.settings.model import METHODS, CorpusSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedModelsSettings(CommandSettings):
+    """Which models an evaluation takes, and how they are loaded."""
+
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """One or more of: `demo`, a hub id, a folder, a .gguf file, a run directory, an adapter folder."""
+
+    loading: LoadSettings = LoadSettings()
+
+    extend_to: int | None = None
+    """Stretch the positions to this context first, without training, in tokens."""
+
+    method: Annotated[str, choice(METHODS)] = "yarn"
+    """How positions are stretched with `extend_to`."""
+
+    dtype: Annotated[str, choice(DTYPES)] = "auto"
+    """Arithmetic of the weights; `auto` keeps the checkpoint's own."""
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise UserError("MODEL is missing: name at least one model to evaluate.")
+        check_choice("--method", self.method, METHODS)
+        check_choice("--dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateShortSettings(EvaluatedModelsSettings):
+    """What an extension costs inside the old window: perplexity, and any lm-eval task, before and after."""
+
+    baseline: str | None = None
+    """MODEL to compare with; default what a run or an adapter was trained from, or the model before `extend_to`."""
+
+    corpus: CorpusSettings = CorpusSettings(data=("stdlib",))
+
+    perplexity: PerplexitySettings = PerplexitySettings()
+    """Contexts are by default the shorter window of the two, a half and a quarter of it, documents those that are long
+    enough for the longest."""
+
+    tasks: Names = ()
+    """lm-eval tasks to run on both models, by name, or .yaml files of tasks; they fetch their own data sets."""
+
+    limit: int | None = None
+    """Only the first this many samples of each task."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.limit is not None:
+            at_least("limit", self.limit, 1, "samples")
+            if not self.tasks:
+                raise UserError(
+                    f"--limit is {self.limit}, and there are no --tasks to limit: name some or leave it out."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongPerplexitySettings:
+    """Which tokens are key tokens (LongPPL, arXiv 2410.23771, section 3.2)."""
+
+    context: int | None = None
+    """The long context L, in tokens; default the longest window among the models."""
+
+    short_context: int | None = None
+    """Tokens before a token that count as short context, K (the paper's 4,096); default 3/4 of the original window."""
+
+    short_stride: int | None = None
+    """Tokens that share a short context, so that each sees K up to K + this many (the authors' code: 1,024); default a
+    third of the short context."""
+
+    alpha: float = 2.0
+    """A key token's loss falls by more than this between short and long context, in nats (the paper's 2)."""
+
+    beta: float = -2.0
+    """A key token's log-probability with the long context is above this (the paper's -2)."""
+
+    max_documents: int | None = None
+    """Evaluate only the first this many documents that are long enough."""
+
+    def __post_init__(self) -> None:
+        for name, unit in (("context", "tokens"), ("short_context", "tokens"), ("short_stride", "tokens")):
+            if (given := getattr(self, name)) is not None:
+                at_least(name.replace("_", "-"), given, 1, unit)
+        if self.max_documents is not None:
+            at_least("max-documents", self.max_documents, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateLongPerplexitySettings(EvaluatedModelsSettings):
+    """LongPPL, the perplexity of the tokens that need the long context, beside plain perplexity."""
+
+    evaluator: str | None = None
+    """MODEL that says which tokens need the long context, with the same tokenizer; default each model for itself."""
+
+    corpus: CorpusSettings = CorpusSettings()
+    long_perplexity: LongPerplexitySettings = LongPerplexitySettings()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.corpus.data:
+            raise UserError("--data is missing: name files, folders, hub:NAME, or stdlib to evaluate on.")

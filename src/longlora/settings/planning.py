@@ -1,0 +1,182 @@
+"""Knobs of `longlora plan`."""
+
+import re
+from dataclasses import dataclass, fields
+from typing import Annotated
+
+import tyro
+
+from longlora.errors import UserError, check_choice
+from longlora.settings.evaluation import PerplexitySettings
+from longlora.settings.extension import TrainableSettings, TrainingSettings
+from longlora.settings.fields import CommandSettings, LoadSettings, at_least, choice
+from longlora.settings.model import AttentionSettings, CorpusSettings, PositionSettings
+
+DEVICES: dict[str, tuple[int, float]] = {
+    "a100": (80, 312e12),
+    "a100-40gb": (40, 312e12),
+    "a6000": (48, 154.8e12),
+    "b200": (180, 2250e12),
+    "h100": (80, 989e12),
+    "h200": (141, 989e12),
+    "l40s": (48, 362e12),
+    "mi300x": (192, 1307e12),
+    "rtx3090": (24, 71e12),
+    "rtx4090": (24, 165.2e12),
+    "rtx5090": (32, 209.5e12),
+}
+"""GPU -> its memory in GB and its peak rate in bfloat16, dense, accumulating in float32, in FLOP/s (data sheets)."""
+
+MEASURES = ("auto", "gpu", "fake", "process")
+
+_UNITS = {"MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySettings:
+    """What makes a longer context fit, besides `--gradient-checkpointing` and `--loss-chunk`."""
+
+    offload_activations: bool = False
+    """Keep in the host's memory what gradient checkpointing saves."""
+
+    tiled_mlp: bool = False
+    """Run the feed-forward part of a layer on a tile of tokens at a time (ALST, arXiv 2506.13996)."""
+
+    offload_optimizer: bool = False
+    """Keep AdamW's moments in the host's memory and step there."""
+
+    base_bits: int | None = None
+    """4 for a frozen base in 4-bit NormalFloat (QLoRA, arXiv 2305.14314); default the precision of `--dtype`."""
+
+    def __post_init__(self) -> None:
+        if self.base_bits not in (None, 4):
+            raise UserError(f"--base-bits is {self.base_bits}: it must be 4, or left out for a base as --dtype says.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings(CommandSettings):
+    """What extending MODEL would cost: operations, memory by part, the longest context that fits, time, a recipe.
+
+    Takes what `longlora extend` takes, so that a recipe can be planned as it stands (`--config`).
+    """
+
+    model: tyro.conf.Positional[str]
+    """A built-in shape (`llama2-7b`, `llama3-8b`, `qwen3-8b`, `smollm2-135m`, …), `demo`, a hub id, a folder, a .gguf
+    file, or a run directory; only the config is read."""
+
+    positions: PositionSettings
+    attention: AttentionSettings = AttentionSettings()
+    trainable: TrainableSettings = TrainableSettings()
+    training: TrainingSettings = TrainingSettings()
+    memory: MemorySettings = MemorySettings()
+    corpus: CorpusSettings = CorpusSettings()
+    perplexity: PerplexitySettings = PerplexitySettings()
+    loading: LoadSettings = LoadSettings()
+
+    evaluation_data: tuple[str, ...] = ()
+    """Handed on to the recipe."""
+
+    gpus: int = 1
+    """GPUs that train together."""
+
+    device: Annotated[str, choice(tuple(DEVICES))] = "a100"
+    """GPU whose memory and peak rate are planned with."""
+
+    gpu_memory: str | None = None
+    """Memory of one GPU, such as 80GB or 24GiB; default that of `device`."""
+
+    reserve: float = 0.1
+    """Share of the memory left free, for CUDA's context, fragmentation and the error of the prediction."""
+
+    flops_per_second: float | None = None
+    """Peak rate of one GPU in FLOP/s; default that of `device`."""
+
+    utilisation: float = 0.4
+    """Share of the peak rate that training reaches; `--measure` on a GPU shows the real one."""
+
+    shard: bool = False
+    """Divide weights, gradients and optimizer over the GPUs (FSDP2); default each GPU has them all."""
+
+    context_parallel: int = 1
+    """GPUs that share each row."""
+
+    measure: bool = False
+    """Run training steps on a randomly initialised model of this shape, at contexts that double, and print what they
+    take beside what was predicted."""
+
+    measure_by: Annotated[str, choice(MEASURES)] = "auto"
+    """`gpu` is CUDA's allocator; `fake` is PyTorch's fake tensors, which hold no data and take no memory; `process` is
+    the peak of this process on the CPU; `auto` is the GPU where there is one, else `fake`."""
+
+    measure_layers: int | None = None
+    """Measure a model of this many layers, beside a prediction for as many; default all."""
+
+    measure_limit: int | None = None
+    """Longest context to measure, in tokens; default `--context`."""
+
+    def __post_init__(self) -> None:
+        check_choice("--device", self.device, DEVICES)
+        check_choice("--measure-by", self.measure_by, MEASURES)
+        at_least("gpus", self.gpus, 1)
+        at_least("context-parallel", self.context_parallel, 1)
+        if self.gpus % self.context_parallel:
+            raise UserError(
+                f"--context-parallel is {self.context_parallel}: it must divide --gpus, {self.gpus}, so that each row "
+                "has its GPUs."
+            )
+        if self.shard and self.gpus == 1:
+            raise UserError("--shard divides over GPUs, and --gpus is 1: give at least 2, or leave --shard out.")
+        rows = self.training.device_batch * (self.gpus // self.context_parallel)
+        if self.training.batch % rows:
+            raise UserError(
+                f"--batch is {self.training.batch}: it must be a multiple of the rows that the GPUs hold at a time, "
+                f"{rows}."
+            )
+        if self.memory.offload_activations and not self.training.gradient_checkpointing:
+            raise UserError(
+                "--offload-activations moves what gradient checkpointing saves, and that is off: leave out "
+                "--no-gradient-checkpointing."
+            )
+        if self.memory.base_bits == 4 and "full" in self.trainable.train:
+            raise UserError("--base-bits is 4 but every weight trains: leave it out, or train lora, norm and embed.")
+        for name in ("reserve", "utilisation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name} is {getattr(self, name)}: it must be a share from 0 to 1.")
+        if not self.utilisation or self.reserve == 1:
+            raise UserError("--utilisation must be above 0 and --reserve below 1.")
+        if self.flops_per_second is not None and not self.flops_per_second > 0:
+            raise UserError(f"--flops-per-second is {self.flops_per_second}: it must be above 0.")
+        self._check_measuring()
+        _ = self.gpu_bytes
+
+    def _check_measuring(self) -> None:
+        for name in ("measure_by", "measure_layers", "measure_limit"):
+            flag, given = name.replace("_", "-"), getattr(self, name)
+            if given not in (None, "auto") and not self.measure:
+                raise UserError(f"--{flag} is for --measure: give that too, or leave it out.")
+            if isinstance(given, int):
+                at_least(flag, given, 1)
+        lacking = [field.name for field in fields(self.memory) if getattr(self.memory, field.name) != field.default]
+        if self.measure and lacking:
+            flags = ", ".join("--" + name.replace("_", "-") for name in lacking)
+            raise UserError(f"--measure cannot run a step with {flags}: leave that out, or plan without --measure.")
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Memory of one GPU in bytes.
+
+        Raises:
+            UserError: `gpu_memory` is no size.
+        """
+        if self.gpu_memory is None:
+            return DEVICES[self.device][0] * 10**9
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MG]i?B)", self.gpu_memory.strip(), re.IGNORECASE)
+        size = round(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+        if size <= 0:
+            raise UserError(f"--gpu-memory is '{self.gpu_memory}': it must be a size such as 80GB or 24GiB.")
+        return size
+
+    @property
+    def rate(self) -> float:
+        """Operations a second of one GPU that training is expected to reach."""
+        return (self.flops_per_second or DEVICES[self.device][1]) * self.utilisation

@@ -1,0 +1,148 @@
+"""Knobs of `longlora eval passkey`, `topics` and `lines`."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from longlora.errors import UserError, check_choice
+from longlora.settings.benchmarks import EvaluatedModelsSettings
+from longlora.settings.fields import Tokens, at_least, choice
+
+CHOICES = ("auto", "yes", "no")
+
+MOST_KEYS = 26
+"""Pass keys of one prompt, each under a name of its own: alpha to zulu."""
+
+SHORTEST_INTERVAL = 274
+"""The original cuts its filler to multiples of 1,024 characters, at 3.75 a token: below this there would be none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalSettings(EvaluatedModelsSettings):
+    """What all questions about something hidden in a long prompt share."""
+
+    chat: Annotated[str, choice(CHOICES)] = "auto"
+    """Ask through the tokenizer's chat template; `auto` does where it has one."""
+
+    system: str | None = None
+    """Text of a system turn before the question; a template that takes none gets it at the head of the user's turn."""
+
+    bos: Annotated[str, choice(CHOICES)] = "auto"
+    """Begin the prompt with the tokenizer's BOS token; `auto` does what the tokenizer or the template does."""
+
+    seed: int = 0
+    """Where the generated questions start from; one seed asks every model the same."""
+
+    evaluation_batch: int = 0
+    """Prompts a forward pass; 0 chooses about 8,192 tokens a pass."""
+
+    output: str | None = None
+    """Folder for the results, each appended as it comes; default `evaluation/` of a run directory, else none."""
+
+    resume: bool = False
+    """Go on with the results that the folder holds, instead of refusing to mix with them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("--chat", self.chat, CHOICES)
+        check_choice("--bos", self.bos, CHOICES)
+        at_least("seed", self.seed, 0)
+        at_least("evaluation-batch", self.evaluation_batch, 0, "prompts")
+        if self.system is not None and self.chat == "no":
+            raise UserError("--system is a turn of a chat, and --chat is no: leave one of them out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PasskeySettings(RetrievalSettings):
+    """Passkey retrieval: one number hidden in filler, asked for at the end (paper section 4.2)."""
+
+    contexts: Tokens = ()
+    """Lengths of prompt and answer in tokens; default every doubling from the original window to the present one.
+    With `interval`, the longest length (one number)."""
+
+    depths: int | None = None
+    """Places of the key, evenly spaced from the start (0) to the end (1) of the filler; default 5."""
+
+    trials: int = 5
+    """Prompts for each context and depth; with `interval`, for each length (the original takes 10)."""
+
+    keys: int = 1
+    """Keys in a prompt, each with a name; one of them is asked for."""
+
+    interval: int | None = None
+    """The original's prompts instead of the grid: lengths at each multiple of this many tokens (roughly, at 3.75
+    characters of filler a token), the key anywhere, trial i drawn with seed i."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for context in self.contexts:
+            at_least("contexts", context, 2, "tokens")
+        at_least("trials", self.trials, 1)
+        at_least("keys", self.keys, 1)
+        if self.depths is not None:
+            at_least("depths", self.depths, 1)
+        if self.keys > MOST_KEYS:
+            raise UserError(f"--keys is {self.keys}: a prompt holds at most {MOST_KEYS}, one for each name.")
+        if self.interval is None:
+            return
+        at_least("interval", self.interval, SHORTEST_INTERVAL, "tokens")
+        for name, given in (("depths", self.depths is not None), ("keys", self.keys > 1), ("seed", self.seed != 0)):
+            if given:
+                raise UserError(
+                    f"--{name} has no effect with --interval, which asks the original's questions: leave one out."
+                )
+        if len(self.contexts) > 1:
+            raise UserError(f"--interval takes one length in --contexts, the longest, and {self.contexts} are given.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongEvalSettings(RetrievalSettings):
+    """What LongEval's two tasks share."""
+
+    data: tuple[str, ...] = ()
+    """Test-case files of LongChat (`10_topics.jsonl`, `200_lines.jsonl`, …); default: make new cases."""
+
+    trials: int = 50
+    """Cases of each length (LongEval: 50), of a file its first."""
+
+    max_context: int | None = None
+    """Longest prompt with its answer, in tokens; longer cases are counted and not run. Default the model's window."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("trials", self.trials, 1)
+        if self.max_context is not None:
+            at_least("max-context", self.max_context, 2, "tokens")
+        if self.data and self.seed:
+            raise UserError("--seed has no effect on the cases of --data: leave it out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopicsSettings(LongEvalSettings):
+    """LongEval's coarse retrieval: which of many topics of a long conversation came first (paper table 6)."""
+
+    topics: Tokens = ()
+    """Topics a conversation; default 5, 10, 15, 20, 25 (LongEval), with `data` whatever the files hold."""
+
+    topic_list: str | None = None
+    """Topics to make cases of: LongChat's `conversations.jsonl`, or a text file with a topic a line; default a list
+    of our own, with plain conversations."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for number in self.topics:
+            at_least("topics", number, 1)
+        if self.data and self.topic_list:
+            raise UserError("--topic-list makes new cases and --data brings ready ones: leave one of them out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinesSettings(LongEvalSettings):
+    """LongEval's fine retrieval: the number in one of many lines (the harder half of LongEval)."""
+
+    lines: Tokens = ()
+    """Lines a prompt; default 200, 300, 400, 500, 600, 680 (LongEval), with `data` whatever the files hold."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for number in self.lines:
+            at_least("lines", number, 1)

@@ -1,0 +1,214 @@
+"""Prompts and answers, token by token: three families of chat templates, a fourth that has no system turn, and none."""
+
+import chat_tokenizers as tokenizers
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longlora.conversations import ConversationFormat
+from longlora.errors import UserError
+
+ONE = [{"role": "user", "content": "Who is\nAhab?"}, {"role": "assistant", "content": "A captain é."}]
+SYSTEM = {"role": "system", "content": "Be brief."}
+TWO = [*ONE, {"role": "user", "content": "And Ishmael?"}, {"role": "assistant", "content": "A sailor."}]
+
+# prompt and answer in turn, as the family's own documentation writes them
+WRITTEN = {
+    "llama2": {
+        "one": ["<s>[INST] Who is\nAhab? [/INST]", " A captain é. </s>"],
+        "system": ["<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWho is\nAhab? [/INST]", " A captain é. </s>"],
+        "two": [
+            "<s>[INST] Who is\nAhab? [/INST]",
+            " A captain é. </s>",
+            "<s>[INST] And Ishmael? [/INST]",
+            " A sailor. </s>",
+        ],
+    },
+    "mistral": {
+        "one": ["<s>[INST] Who is\nAhab? [/INST]", "A captain é.</s>"],
+        "system": ["<s>[INST] Be brief.\n\nWho is\nAhab? [/INST]", "A captain é.</s>"],
+        "two": [
+            "<s>[INST] Who is\nAhab? [/INST]",
+            "A captain é.</s>",
+            "[INST] And Ishmael? [/INST]",
+            "A sailor.</s>",
+        ],
+    },
+    "chatml": {
+        "one": ["<|im_start|>user\nWho is\nAhab?<|im_end|>\n<|im_start|>assistant\n", "A captain é.<|im_end|>"],
+        "system": [
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWho is\nAhab?<|im_end|>\n"
+            "<|im_start|>assistant\n",
+            "A captain é.<|im_end|>",
+        ],
+        "two": [
+            "<|im_start|>user\nWho is\nAhab?<|im_end|>\n<|im_start|>assistant\n",
+            "A captain é.<|im_end|>",
+            "\n<|im_start|>user\nAnd Ishmael?<|im_end|>\n<|im_start|>assistant\n",
+            "A sailor.<|im_end|>",
+        ],
+    },
+    "llama3": {
+        "one": [
+            "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWho is\nAhab?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "A captain é.<|eot_id|>",
+        ],
+        "system": [
+            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nWho is\nAhab?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "A captain é.<|eot_id|>",
+        ],
+        "two": [
+            "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWho is\nAhab?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "A captain é.<|eot_id|>",
+            "<|start_header_id|>user<|end_header_id|>\n\nAnd Ishmael?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "A sailor.<|eot_id|>",
+        ],
+    },
+    "untemplated": {
+        "one": ["<s>[INST]Who is\nAhab?[/INST]", "A captain é.</s>"],
+        "system": ["<s>[INST]Be brief.\n\nWho is\nAhab?[/INST]", "A captain é.</s>"],
+        "two": ["<s>[INST]Who is\nAhab?[/INST]", "A captain é.</s>", "[INST]And Ishmael?[/INST]", "A sailor.</s>"],
+    },
+}
+
+
+@pytest.mark.parametrize("conversation", ["one", "system", "two"])
+@pytest.mark.parametrize("family", WRITTEN)
+def test_tokens_and_labels_are_those_written_by_hand(family, conversation):
+    tokenizer = getattr(tokenizers, family)()
+    turns = {"one": ONE, "system": [SYSTEM, *ONE], "two": TWO}[conversation]
+    parts = [tokenizers.ids_by_hand(tokenizer, text) for text in WRITTEN[family][conversation]]
+    example = ConversationFormat(tokenizer).example(turns)
+    assert example.tokens.tolist() == [token for part in parts for token in part]
+    labels = [token if number % 2 else -100 for number, part in enumerate(parts) for token in part]
+    assert example.labels(-100).tolist() == labels
+    assert example.answer_tokens == sum(map(len, parts[1::2]))
+
+
+@pytest.mark.parametrize("family", WRITTEN)
+def test_a_model_trains_on_the_prompt_that_it_meets_in_use(family):
+    conversations = ConversationFormat(getattr(tokenizers, family)())
+    start = conversations.example(TWO).answers[-1][0]
+    assert conversations.prompt(TWO[:-1]) == conversations.example(TWO).tokens[:start].tolist()
+
+
+def test_inst_is_the_original_codes_prompt_whatever_the_template():
+    """`"[INST]{instruction}[/INST]"` and `f"{output}{eos_token}"`, tokenised as the original does."""
+    tokenizer = tokenizers.llama2()
+    question, answer = ONE[0]["content"], ONE[1]["content"]
+    source = tokenizer(f"[INST]{question}[/INST]")["input_ids"]
+    whole = tokenizer(f"[INST]{question}[/INST]" + f"{answer}{tokenizer.eos_token}")
+    example = ConversationFormat(tokenizer, "inst").example(ONE)
+    original = whole["input_ids"]
+    # after <s> the original's text begins anew, and so with a blank of its own
+    assert tokenizer.convert_ids_to_tokens(original)[:2] == ["<s>", "▁"]
+    assert [original[0], *original[2:]] == example.tokens.tolist()
+    assert example.answers == ((len(source) - 1, len(original) - 1),)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.text(min_size=1, max_size=12).filter(str.strip), min_size=2, max_size=6), st.sampled_from(list(WRITTEN))
+)
+def test_any_words_come_back_and_the_prompt_is_a_beginning(words, family):
+    words = words[: len(words) // 2 * 2]
+    roles = ["user", "assistant"] * (len(words) // 2)
+    turns = [{"role": role, "content": text} for role, text in zip(roles, words, strict=True)]
+    tokenizer = getattr(tokenizers, family)()
+    conversations = ConversationFormat(tokenizer)
+    example = conversations.example(turns)
+    start, stop = example.answers[-1]
+    assert stop == len(example.tokens)
+    assert conversations.prompt(turns[:-1]) == example.tokens[:start].tolist()
+    said = tokenizer.decode(example.tokens[start:stop], skip_special_tokens=True)
+    assert "".join(said.split()) == "".join(words[-1].encode(errors="replace").decode().split())
+
+
+def test_where_a_token_reaches_from_prompt_to_answer_the_prompts_tokens_win():
+    """ChatML's prompt ends with a line feed; an answer that begins with one makes a token of both."""
+    merged = tokenizers.byte_level(
+        ["<|im_start|>", "<|im_end|>"], tokenizers.CHATML, None, "<|im_end|>", merges="ĊĊ", use_regex=False
+    )
+    turns = [ONE[0], {"role": "assistant", "content": "\nYes"}]
+    whole = merged("".join(["assistant\n", "\nYes"]))["input_ids"]
+    assert "ĊĊ" in merged.convert_ids_to_tokens(whole)
+    conversations = ConversationFormat(merged)
+    example = conversations.example(turns)
+    prompt = conversations.prompt(turns[:1])
+    assert example.tokens[: len(prompt)].tolist() == prompt
+    assert merged.convert_ids_to_tokens(example.tokens[len(prompt) :]) == ["Ċ", "Y", "e", "s", "<|im_end|>"]
+    assert example.answers == ((len(prompt), len(example.tokens)),)
+
+
+def test_tokens_that_cannot_be_parted_are_refused():
+    """A tokenizer that puts a blank before every text, and a token that reaches over the border."""
+    tokenizer = tokenizers.sentencepiece_like(None, prepend="always", merges="]Y")
+    with pytest.raises(UserError, match="line 3: the tokens of the prompt are not the beginning"):
+        ConversationFormat(tokenizer).example([ONE[0], {"role": "assistant", "content": "Yes"}], "line 3")
+
+
+def test_answers_that_a_template_rewrites_carry_no_loss():
+    tokenizer = tokenizers.chatml()
+    tokenizer.chat_template = tokenizers.FORGETFUL
+    thinking = [ONE[0], {"role": "assistant", "content": "perhaps</think>A captain."}, *TWO[2:]]
+    example = ConversationFormat(tokenizer).example(thinking)
+    ((start, stop),) = example.answers
+    assert tokenizer.decode(example.tokens[start:stop]) == "A sailor.<|im_end|>"
+    assert "perhaps" not in tokenizer.decode(example.tokens)
+    assert len(ConversationFormat(tokenizer).example(TWO).answers) == 2  # nothing to rewrite
+
+
+def test_an_answer_without_an_end_of_turn_gets_one():
+    tokenizer = tokenizers.llama3()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+    )
+    example = ConversationFormat(tokenizer).example(ONE)
+    assert tokenizer.decode(example.tokens) == "user: Who is\nAhab?\nassistant: A captain é.<|eot_id|>"
+    ((start, _),) = example.answers
+    assert tokenizer.decode(example.tokens[:start]) == "user: Who is\nAhab?\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        ("{% for m in messages %}{{ loop.length }}{{ m['content'] }}{% endfor %}", "writes a conversation otherwise"),
+        ("{{ messages[0]['content'] }}", "writes a conversation otherwise once it is answered"),
+        ("{{ raise_exception('no chats today') }}", "cannot write turns of user, assistant (no chats today)"),
+        ("{% for", "cannot write turns of user, assistant"),
+    ],
+)
+def test_a_template_that_hides_the_answer_is_refused(template, sentence):
+    tokenizer = tokenizers.chatml()
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match="line 7: the tokenizer's chat template") as error:
+        ConversationFormat(tokenizer).example(ONE, "line 7")
+    assert sentence in str(error.value)
+
+
+def test_formats_that_cannot_be_are_refused():
+    with pytest.raises(UserError, match="the tokenizer has no chat template: give --prompt-format inst"):
+        ConversationFormat(tokenizers.untemplated(), "template")
+    with pytest.raises(UserError, match="Did you mean 'inst'"):
+        ConversationFormat(tokenizers.untemplated(), "insd")
+    endless = tokenizers.untemplated()
+    endless.eos_token = None
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        ConversationFormat(endless)
+
+
+def test_the_templates_of_the_prompts_hold_for_the_saved_tokenizer(tmp_path):
+    """What `sft` saves as the chat template asks as the model was taught."""
+    tokenizer = tokenizers.untemplated()
+    conversations = ConversationFormat(tokenizer)
+    tokenizer.chat_template = conversations.template
+    tokenizer.save_pretrained(tmp_path)
+    saved = type(tokenizer).from_pretrained(tmp_path)
+    asked = saved.apply_chat_template(ONE[:1], add_generation_prompt=True, return_dict=False)
+    assert np.array(asked).tolist() == conversations.prompt(ONE[:1])
