@@ -349,8 +349,8 @@ def test_names_that_are_alike_get_their_folders(tmp_path: Path) -> None:
 
 def test_folders_that_hold_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for path in ("empty", "missing"):
-        with pytest.raises(UserError, match=f"{path}' holds no results: give run directories"):
+    for path, said in (("empty", "holds no results"), ("missing", "does not exist")):
+        with pytest.raises(UserError, match=f"{path}' {said}: give run directories"):
             read_subjects([str(tmp_path / path)])
     run = write_runs(tmp_path)[0]
     with pytest.raises(UserError, match="'.*one' is named twice: leave one of them out"):

@@ -231,3 +231,19 @@ def test_the_templates_of_the_prompts_hold_for_the_saved_tokenizer(tmp_path):
     saved = type(tokenizer).from_pretrained(tmp_path)
     asked = saved.apply_chat_template(ONE[:1], add_generation_prompt=True, return_dict=False)
     assert np.array(asked).tolist() == conversations.prompt(ONE[:1])
+
+
+@pytest.mark.parametrize("family", WRITTEN)
+def test_special_tokens_in_a_text_are_letters(family):
+    tokenizer = getattr(tokenizers, family)()
+    form = ConversationFormat(tokenizer)
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    hostile = f"A manual: {special[-1]}\ufdd0{special[0]}{special[1]}\ufdd1 and on."
+    harmless = [{"role": "user", "content": "A manual: and on. Who?"}]
+    asked = [{"role": "user", "content": f"{hostile} Who?"}]
+    controls = [token for token in form.prompt(asked) if token in tokenizer.all_special_ids]
+    assert controls == [token for token in form.prompt(harmless) if token in tokenizer.all_special_ids]
+    said = tokenizer.decode(form.prompt(asked), clean_up_tokenization_spaces=False)
+    assert "".join(hostile.replace("\ufdd0", "").replace("\ufdd1", "").split()) in "".join(said.split())
+    answered = form.example([*asked, ONE[1]])
+    assert answered.tokens[: len(form.prompt(asked))].tolist() == form.prompt(asked)

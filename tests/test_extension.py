@@ -429,6 +429,7 @@ def test_running_out_of_memory_is_a_sentence(base_folder, documents, tmp_path, c
     error = failing(command(base_folder, documents, tmp_path / "run"), capsys)
     assert "out of memory (CUDA out of memory)" in error
     assert "lower --device-batch" in error
+    assert "--kept-tokens" not in error
 
 
 def test_short_rows_with_skipping_positions_train_for_the_whole_context(base_folder, documents, tmp_path, capsys):

@@ -49,6 +49,9 @@ COMMANDS: dict[str, tuple[type[s.CommandSettings], str]] = {
 }
 """Command words -> the dataclass they are parsed into, and `module:function` that runs it and returns its JSON."""
 
+_LARGE = ("device_batch", "context", "contexts", "length", "evaluation_batch", "loss_chunk", "kept_tokens")
+"""Settings that take memory, where a command has them."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; the exit status is 2 for a mistake of the user's, 130 when interrupted."""
@@ -72,11 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
             raise
-        _fail(
-            f"out of memory ({str(error).partition('. ')[0] or 'the process'}): lower --device-batch, --context, "
-            "--evaluation-batch or --loss-chunk, keep --gradient-checkpointing on, or give --memory auto.",
-            2,
-        )
+        cause = str(error).partition(". ")[0] or "the process"
+        _fail(f"out of memory ({cause}): {_less_memory(name)}.", 2)
     except KeyboardInterrupt:
         _fail("stopped." + (" Give the same command with --resume to go on." if _resumes(name) else ""), 130)
 
@@ -200,6 +200,17 @@ def _flags_of(kind: type[s.CommandSettings], path: str) -> tuple[list[str], list
 def _resumes(name: str) -> bool:
     """Whether the command goes on where it stopped with `--resume`."""
     return name in COMMANDS and "resume" in _fields(COMMANDS[name][0])
+
+
+def _less_memory(name: str) -> str:
+    """What to change so that a command takes less memory, in flags that it has."""
+    has = _fields(COMMANDS[name][0]) if name in COMMANDS else {}
+    lower = [flag for flag in _LARGE if flag in has]
+    ways = [f"lower {', '.join('--' + flag.replace('_', '-') for flag in lower)}"] if lower else []
+    ways += ["keep --gradient-checkpointing on"] if "gradient_checkpointing" in has else []
+    ways += ["give --memory auto"] if "memory" in has else []
+    ways += ["give --dtype bfloat16"] if "dtype" in has and "memory" not in has else []
+    return "; or ".join(ways) or "give it a machine with more memory, or close what else runs there"
 
 
 def _fields(kind: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ on exactly the prompt tokens that it meets in use.
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,9 @@ INST_TEMPLATE = (
     "{% endfor %}"
 )
 """The original code's prompt (`prompt_llama2` in LongLoRA's inference.py) and its answer, which ends with EOS."""
+
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+"""Marks around a special token's letters in a user's text. Unicode keeps these two characters out of all texts."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class ConversationFormat:
     """How one tokenizer's conversations are written.
 
     The beginning-of-sequence token stands where the template writes it, and nowhere else; `inst` writes it where the
-    tokenizer does by itself. A system turn that the template refuses or passes over goes before the user's words.
+    tokenizer does by itself. A system turn that the template refuses or passes over goes before the user's words. What
+    looks like a special token in a document or a question is text: it cannot end a turn or begin another.
 
     Args:
         tokenizer: a transformers tokenizer; it is not changed.
@@ -154,8 +159,17 @@ class ConversationFormat:
         return joined, np.cumsum([len(piece) for piece in pieces]).tolist()
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
+        return [self._unmarked(text) if _OPEN in text else self._ids(text) for text in texts]
+
+    def _unmarked(self, text: str) -> list[int]:
+        """Tokens of a text in which some special tokens' letters are marked as letters."""
+        pieces = re.split(f"{_OPEN}(.*?){_CLOSE}", text, flags=re.DOTALL)
+        return [token for place, piece in enumerate(pieces) for token in self._ids(piece, as_letters=place % 2 == 1)]
+
+    def _ids(self, text: str, as_letters: bool = False) -> list[int]:
         # verbose=False: longer than `model_max_length` is what this is for
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        return list(self.tokenizer(text, **options, split_special_tokens=as_letters)["input_ids"]) if text else []
 
     def _said(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
@@ -164,7 +178,7 @@ class ConversationFormat:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    list(turns),
+                    [self._with_marks(turn) for turn in turns],
                     chat_template=self.template,
                     tokenize=False,
                     enable_thinking=False,  # Qwen3 and its like would think before a short answer
@@ -177,6 +191,19 @@ class ConversationFormat:
                 f"{place}the tokenizer's chat template cannot write turns of {roles} "
                 f"({str(error).partition(chr(10))[0]}): mend the template, or give --prompt-format inst."
             ) from error
+
+    def _with_marks(self, turn: dict[str, str]) -> dict[str, str]:
+        if turn["role"] == "assistant":
+            return turn
+        content = turn["content"].replace(_OPEN, "").replace(_CLOSE, "")
+        return {**turn, "content": self._special.sub(rf"{_OPEN}\g<0>{_CLOSE}", content)}
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        """The letters of any special token, the longest first."""
+        known = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        known |= set(self.tokenizer.all_special_tokens)
+        return re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True))) or r"(?!)")
 
     def _adapted(self, turns: Turns) -> Turns:
         if turns[0]["role"] != "system" or self._takes_system_turn:

@@ -77,7 +77,7 @@ class ChatPrompts:
             else:
                 text += _QUESTION + turn["content"] + _ANSWER if asked else "\n\n" + turn["content"]
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        return list(self.tokenizer(text, **options)["input_ids"])
+        return list(self.tokenizer(text, **options, split_special_tokens=True)["input_ids"])
 
 
 class AnswerText:

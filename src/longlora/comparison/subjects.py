@@ -67,6 +67,10 @@ def _subjects(path: str) -> Iterator[Subject]:
     inside = sorted(each for each in folder.iterdir() if is_results_folder(each)) if folder.is_dir() else []
     if is_results_folder(folder):
         inside = [folder]
+    if not folder.exists():
+        raise UserError(
+            f"'{path}' does not exist: give run directories, or folders that `longlora eval … --output FOLDER` wrote."
+        )
     if not inside:
         raise UserError(
             f"'{path}' holds no results: give run directories, or folders that `longlora eval … --output FOLDER` wrote."
