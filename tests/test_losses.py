@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
@@ -335,6 +336,23 @@ def test_what_trains_in_float32_inside_a_bfloat16_model() -> None:
     del model.forward
     with losses.mixed_precision(model):
         torch.testing.assert_close(causal_lm_loss(model, make_inputs()), plain, rtol=0, atol=1e-5)
+
+
+def test_gradients_of_a_trained_head_are_summed_in_float32() -> None:
+    """In one-token chunks they are as near to the exact ones as those of all logits at once."""
+    model = make_model("llama")
+    head = model.lm_head
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(1, 256, 32, generator=generator).bfloat16()
+    labels = torch.randint(VOCABULARY, (1, 256), generator=generator)
+    probabilities = (hidden.double() @ head.weight.T).softmax(-1)
+    exact = ((probabilities - functional.one_hot(labels, VOCABULARY))[0].T @ hidden[0].double()).detach()
+    head.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        whole = functional.cross_entropy(head(hidden)[0].float(), labels[0], reduction="sum")
+        chunked = token_losses(model, hidden, labels, chunk=1).sum()
+    errors = [(gradients(head, loss)["weight"] - exact).norm() / exact.norm() for loss in (whole, chunked)]
+    assert errors[1] < 1.2 * errors[0], errors
 
 
 def test_mixed_precision_is_for_mixed_models_only() -> None:
