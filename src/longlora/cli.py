@@ -178,10 +178,10 @@ def _flags_of(kind: type[s.CommandSettings], path: str) -> tuple[list[str], list
     for key, value in recipe.items():
         name = str(key).replace("-", "_")
         if name not in fields or name in ("config", "recipe", "json"):
-            raise UserError(
-                f"--config {path}: unknown key '{key}'. {nearest(name, fields)} `longlora COMMAND --help` lists the "
-                "names.".replace("  ", " ")
-            )
+            others = [command for command, (other, _) in COMMANDS.items() if name in _fields(other)]
+            hint = f"It is a setting of `longlora {others[0]}`." if others else nearest(name, fields)
+            parts = (f"--config {path}: unknown key '{key}'.", hint, "`longlora COMMAND --help` lists the names.")
+            raise UserError(" ".join(filter(None, parts)))
         if value is None:
             continue
         flag = "--" + name.replace("_", "-")
