@@ -56,6 +56,24 @@ class Check:
     near: float = 0.03
 
 
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """How a table is drawn: `lines` is a line a row by column, `dots` a row of dots a row, `panels` is figure 1's."""
+
+    kind: str
+    up: str = "perplexity, tested with full attention"
+    """What the numbers are."""
+
+    across: str = ""
+    """What the columns are."""
+
+    rows: tuple[str, ...] = ()
+    """Keys of the rows that are drawn; default all."""
+
+    columns: tuple[int, ...] = ()
+    """Columns that are drawn; default all."""
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of the paper at our size."""
@@ -66,6 +84,7 @@ class Table:
     checks: tuple[Check, ...]
     number: str = ".3f"
     notes: tuple[str, ...] = ()
+    figure: Figure | None = None
 
 
 @dataclass(frozen=True)

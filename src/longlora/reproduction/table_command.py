@@ -104,15 +104,15 @@ def _command(settings: ReproduceSettings) -> str:
 def _write(document: dict[str, Any], table: Table, folder: Path, settings: ReproduceSettings) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / f"{settings.name}.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    text = page_text(document)
+    picture = figures.of_table(document, table.figure)
+    text = page_text(document, picture is not None)
     write_whole(folder / f"{settings.name}.md", text)
     places = [folder]
     if settings.pages:
         write_page(Path(settings.pages) / f"{settings.name}.md", text)
         places.append(Path(settings.pages))
-    if settings.name == "figure1" and all(entry for row in document["rows"] for entry in row["entries"]):
-        for place in places:
-            write_whole(place / "figure1.svg", figures.quality_and_cost(document))
+    for place in places if picture else []:
+        write_whole(place / f"{settings.name}.svg", f"{picture}\n")
     if not settings.json:
         parts = [document["title"], aligned(grid(document)), aligned(paper_grid(document)), about_paper(document)]
         parts += [*document["notes"], "\n".join(sentence(check, table.number) for check in document["checks"])]
@@ -120,7 +120,7 @@ def _write(document: dict[str, Any], table: Table, folder: Path, settings: Repro
         print("\n\n".join(filter(None, parts)))
 
 
-def page_text(document: dict[str, Any]) -> str:
+def page_text(document: dict[str, Any], drawn: bool) -> str:
     """The table as a Markdown page: what was run, on what, when, the table, the paper's beside it, the checks."""
     left = _left(document)
     contexts = ", ".join(f"{context:,}" for context in document["contexts"])
@@ -135,7 +135,7 @@ def page_text(document: dict[str, Any]) -> str:
         f"{'s' if len(document['seeds']) > 1 else ''} {seeds}. ± is the standard error over seeds.",
         markdown(grid(document)),
         markdown(paper_grid(document)),
-        "![perplexity, time and memory](figure1.svg)" if document["name"] == "figure1" and not left else "",
+        f"![{document['title']}]({document['name']}.svg)" if drawn else "",
         about_paper(document),
         *document["notes"],
         "## What the paper says, and what is so here",
