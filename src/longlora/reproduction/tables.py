@@ -98,9 +98,12 @@ def table3(size: Size) -> Table:
         return replace(Way(context=size.top, train=("lora", *more)), **chosen)  # type: ignore[arg-type]
 
     ways = {
-        f"full-{rate}": ("full fine-tuning", Way(context=size.top, train=("full",), rate=rate)) for rate in RATE_OF_ALL
+        "full" if rate == USUAL_RATE_OF_ALL else f"full-{rate}": (
+            f"full fine-tuning, {rate:g} of LoRA's rate",
+            Way(context=size.top, train=("full",), rate=rate),
+        )
+        for rate in RATE_OF_ALL
     }
-    ways["full"] = ways.pop(f"full-{USUAL_RATE_OF_ALL}")
     ways |= {f"rank-{rank}": (f"LoRA, rank {rank}", lora(rank=rank)) for rank in (8, 16, 32, 64, 128, 256)}
     ways |= {
         "rank-256-scaled": ("LoRA, rank 256, alpha 512", lora(rank=256, alpha=512.0)),
