@@ -372,8 +372,10 @@ def process_group() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
-@pytest.mark.parametrize("family", ["llama", "llama tied"])
+@pytest.mark.parametrize(
+    ("wrapper", "family"),
+    [("ddp", "llama"), ("ddp", "llama tied"), ("fsdp", "llama"), ("fsdp", "llama tied"), ("fsdp, head apart", "llama")],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_distributed_wrappers_keep_working(process_group: None, wrapper: str, family: str) -> None:
     """One process of DDP, and of FSDP2 grouped as Accelerate groups it: the final norm and the head are one unit."""
@@ -386,7 +388,10 @@ def test_distributed_wrappers_keep_working(process_group: None, wrapper: str, fa
         for layer in model.model.layers:
             fully_shard(layer)
         ends = [model.model.embed_tokens] if "tied" in family else []
-        fully_shard([model.model.norm, *ends, model.lm_head], reshard_after_forward=False)
+        if wrapper == "fsdp":
+            fully_shard([model.model.norm, *ends, model.lm_head], reshard_after_forward=False)
+        else:
+            fully_shard(model.lm_head)
         fully_shard(model)
     for _ in range(2):
         wrapped.zero_grad()

@@ -21,6 +21,8 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
@@ -225,7 +227,17 @@ def _logits(base: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits `(…, V)` of `hidden (…, E)`, with the model's own post-processing."""
     head = cast(nn.Module, base.get_output_embeddings())
     with mixed_precision(head, hidden.dtype, device=hidden.device), _casts_apart(hidden.device):
-        return _post_process(base.config.get_text_config(), head(hidden))
+        return _post_process(base.config.get_text_config(), _caller(head)(hidden))
+
+
+def _caller(head: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The head, or its bare forward while FSDP2 holds it gathered for the forward pass that we are in.
+
+    FSDP2's hooks would run anew at each chunk, and before torch 2.13 the first chunk's backward pass would then scatter
+    the weights that the others still need.
+    """
+    gathered = isinstance(head, FSDPModule) and not any(isinstance(part, DTensor) for part in head.parameters())
+    return cast(Callable[[Tensor], Tensor], head.forward if gathered else head)
 
 
 def _casts_apart(device: torch.device) -> AbstractContextManager:
