@@ -100,11 +100,11 @@ class _Device:
         logits: float = LOSS_BYTES * chunk * anatomy.vocabulary
         if self.head_trains:
             gradient = step.number * self.embedding
-            if chunk < step.tokens:  # a sum of gradients, then also a new one and the new sum
-                logits = max(logits + gradient, 3 * gradient)
-            else:
-                logits = max(logits, gradient)
-            logits += gradient if step.low_precision else 0  # the weight's cast, as large
+            if chunk == step.tokens:
+                logits = max(logits, gradient) + (gradient if step.low_precision else 0)  # the weight's cast, as large
+            else:  # a sum of gradients in float32 and the weight's cast; then a new gradient and the new sum
+                summed, cast = 4 * self.embedding, gradient if step.low_precision else 0
+                logits = max(logits + summed + cast, 3 * summed)
         activations = self.kept + step.tokens * anatomy.hidden * norm_bytes(anatomy, anatomy.layers[-1])
         if step.loss_chunk is not None:
             activations += 2 * self.layer_input  # the scored tokens and their gradient

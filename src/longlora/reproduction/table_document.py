@@ -16,6 +16,9 @@ FAR = 1.5
 SURE = 2.0
 """Standard errors from where on a difference between seeds is taken for one."""
 
+BEYOND_DOUBT = 20.0
+"""Standard errors above which their number says nothing more."""
+
 Values = dict[tuple[str, int], dict[int, float]]
 """(row's key, column) -> seed -> number."""
 
@@ -137,12 +140,14 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def sentence(check: dict[str, Any], number: str) -> str:
-    """A judged check in words: `S² within 3% of full attention: holds, 10.160 and 10.125 (3 seeds, 14 errors)`."""
+    """A judged check in words: `S² near full: holds, 10.16 against 10.125 (3 seeds, 14.0 standard errors …)`."""
     if check["verdict"] == "not run":
         return f"{check['claim']}: not run"
-    form = number if number.endswith("%") else ".4g"
+    form = number if number.endswith("%") else ".5g"
     seeds = f"{len(check['seeds'])} seed" + ("s" if len(check["seeds"]) > 1 else "")
-    sure = "" if check["errors"] is None else f", {abs(check['errors']):.1f} standard errors from the boundary"
+    errors = abs(check["errors"]) if check["errors"] is not None else 0.0
+    said = f"{errors:.1f}" if errors < BEYOND_DOUBT else f"more than {BEYOND_DOUBT:.0f}"
+    sure = "" if check["errors"] is None else f", {said} standard errors from the boundary"
     return (
         f"{check['claim']}: {check['verdict']}, {format(check['left'], form)} against {format(check['right'], form)} "
         f"({seeds}{sure})"
