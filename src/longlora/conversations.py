@@ -203,7 +203,8 @@ class ConversationFormat:
         """The letters of any special token, the longest first."""
         known = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         known |= set(self.tokenizer.all_special_tokens)
-        return re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True))) or r"(?!)")
+        letters = sorted(known - {""}, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, letters)) or r"(?!)")
 
     def _adapted(self, turns: Turns) -> Turns:
         if turns[0]["role"] != "system" or self._takes_system_turn:

@@ -97,8 +97,6 @@ def of_table(document: dict[str, Any], figure: Figure | None) -> str | None:
         return None
     rows = [row for row in document["rows"] if not figure.rows or row["key"] in figure.rows]
     columns = figure.columns or tuple(range(len(document["columns"])))
-    if figure.kind == "panels":
-        columns = tuple(range(len(document["columns"])))
     if any(row["entries"][column] is None for row in rows for column in columns):
         return None
     return {"lines": _by_column, "dots": _by_row, "panels": _quality_and_cost}[figure.kind](

@@ -62,7 +62,8 @@ class OptimisationSettings:
     """Peak learning rate of norm layers; default `lr`."""
 
     embed_lr: float | None = None
-    """Peak learning rate of embeddings; default `lr`. Short runs at a high `lr` want about a tenth of it."""
+    """Peak learning rate of embeddings; default `lr`, which suits `linear` positions. Short runs with YaRN at a high
+    `lr` want about a tenth of it."""
 
     schedule: Annotated[str, choice(("constant", "linear", "cosine"))] = "constant"
     """Learning rate after warm-up (paper section 4.1: constant)."""
