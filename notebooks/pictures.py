@@ -21,11 +21,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from longlora.attention.layout import plan
 from longlora.attention.patterns import PLAIN, Draw
 from longlora.attention.state import ShiftedAttentionState
-from longlora.models import load_config
+from longlora.model.loading import load_config
+from longlora.model.positions import extend_positions
 from longlora.planner.flops import forward_flops
 from longlora.planner.reading import read_anatomy
 from longlora.planner.shapes import find_config
-from longlora.positions import extend_positions
 from longlora.report.attention_picture import panels
 from longlora.report.axes import Axis, context_axis, linear_axis, measured_axis, step_axis
 from longlora.report.charts import Bar, Bars, Line, Point, bar_chart, line_chart

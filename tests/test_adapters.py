@@ -10,7 +10,8 @@ from peft import PeftModel
 from tiny_runs import disturb, logits, make_run, save_base, seen_by_stock_libraries
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from longlora.adapters import (
+from longlora.errors import UserError
+from longlora.model.adapters import (
     add_adapters,
     add_adapters_from,
     attention_projections,
@@ -20,7 +21,6 @@ from longlora.adapters import (
     save_adapter,
     trainable_summary,
 )
-from longlora.errors import UserError
 from longlora.settings import TrainableSettings, TrainingSettings
 
 PROJECTIONS = {

@@ -48,8 +48,8 @@ def test_the_same_loss_without_the_logits_of_a_context(places: Path) -> None:
 def test_a_later_window_holds_the_logits_of_its_stride(places: Path) -> None:
     """`peak_bytes` of what comes after the first window, which alone scores a context of tokens."""
     from longlora.bench.machine import peak_bytes
-    from longlora.losses import IGNORED, run_token_losses
-    from longlora.models import load
+    from longlora.model.lm_head import IGNORED, run_token_losses
+    from longlora.model.loading import load
 
     model, _ = load(str(places / "model"))
     ids = torch.randint(0, 16384, (1, 1024), generator=torch.Generator().manual_seed(0))
@@ -76,7 +76,7 @@ def test_the_default_model() -> None:
 
 def test_the_plain_way_is_what_it_says(places: Path) -> None:
     """By hand: each token's probability from the logits of the window that scores it."""
-    from longlora.models import load
+    from longlora.model.loading import load
 
     model, _ = load(str(places / "model"))
     document = np.random.default_rng(0).integers(0, 257, 50).astype(np.uint16)

@@ -17,7 +17,7 @@ from longlora.bench.memory import bench_memory
 from longlora.bench.step import Cost, bench_step, read_config
 from longlora.bench.trainers import Taken, Way, make_ways, random_rows
 from longlora.errors import UserError
-from longlora.memory_saving.tiled_mlp import TiledForward
+from longlora.model.memory_saving.tiled_mlp import TiledForward
 from longlora.settings import (
     AttentionSettings,
     BenchMemorySettings,

@@ -18,7 +18,7 @@ from longlora.chat.prefix_cache import PrefixCaches
 from longlora.chat.prompting import AnswerText, ChatPrompts
 from longlora.chat.sampling import Sampler
 from longlora.chat.session import Answer, ChatModel, ChatSession
-from longlora.conversations import ConversationFormat
+from longlora.corpus.conversations import ConversationFormat
 from longlora.errors import UserError
 from longlora.evaluation.generation import generate
 from longlora.longqa.prompts import material_prompt

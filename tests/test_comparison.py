@@ -14,14 +14,14 @@ from report_runs import listed, longppl, passkey, perplexities, ruler, short, wh
 from test_report import HOSTILE, spoiled
 
 from longlora import cli
-from longlora.comparison.command import render_comparison, report
-from longlora.comparison.costs import cost
-from longlora.comparison.missing import missing
-from longlora.comparison.subjects import read_subjects
+from longlora.attention.cost import attention_cost
 from longlora.errors import UserError
+from longlora.report.comparison.command import render_comparison, report
+from longlora.report.comparison.costs import cost
+from longlora.report.comparison.missing import missing
+from longlora.report.comparison.subjects import read_subjects
 from longlora.report.heat_map import LIGHT_FROM
 from longlora.report.reading import read_run
-from longlora.reproduction.attention_cost import attention_cost
 from longlora.settings import AttentionSettings, ReportSettings, TrainingSettings
 
 WORSE = {"one": 1.0, "two": 1.05, "three": 1.1}

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longlora.conversations import ConversationFormat
+from longlora.corpus.conversations import ConversationFormat
 from longlora.errors import UserError
-from longlora.fine_tuning.packing import pack_examples
+from longlora.training.fine_tuning.packing import pack_examples
 
 ONE = [{"role": "user", "content": "Who is\nAhab?"}, {"role": "assistant", "content": "A captain é."}]
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -14,13 +14,13 @@ import transformers
 from packaging import version
 from tiny_runs import make_run, save_base
 
-import longlora.gguf_positions as gguf_positions
+import longlora.model.gguf_positions as gguf_positions
 from longlora.cli import main
 from longlora.errors import UserError
-from longlora.exporting import command
-from longlora.exporting.vocabulary import SPLITS, vocabulary
-from longlora.models import load, load_config
-from longlora.positions import extend_positions
+from longlora.model.exporting import command
+from longlora.model.exporting.vocabulary import SPLITS, vocabulary
+from longlora.model.loading import load, load_config
+from longlora.model.positions import extend_positions
 
 WINDOW, CONTEXT = 64, 256
 

@@ -175,7 +175,7 @@ def test_full_pattern_equals_a_plain_trainer_with_peft(base_folder, documents, t
 
     from longlora.corpus.packing import pack
     from longlora.corpus.tokens import tokenize_corpus
-    from longlora.positions import extend_positions
+    from longlora.model.positions import extend_positions
     from longlora.settings import CorpusSettings
 
     run = tmp_path / "run"
@@ -337,7 +337,7 @@ def test_flags_override_the_recipe(tmp_path):
 def test_a_full_disk_is_a_sentence_and_resumes(base_folder, documents, tmp_path, capsys, monkeypatch):
     import errno
 
-    import longlora.training as training
+    import longlora.training.trainer as training
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "checkpoint-2/optimizer.pt")
@@ -420,7 +420,7 @@ def test_more_steps_on_resume_are_measured_anew(base_folder, documents, tmp_path
 
 
 def test_running_out_of_memory_is_a_sentence(base_folder, documents, tmp_path, capsys, monkeypatch):
-    import longlora.extension as extension
+    import longlora.training.extension as extension
 
     def exhausted(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

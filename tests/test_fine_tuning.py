@@ -17,17 +17,17 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longlora.adapters import add_adapters
 from longlora.attention.transformers_backend import use_shifted_attention
 from longlora.cli import main
-from longlora.conversations import ConversationFormat, Example
-from longlora.fine_tuning.answer_loss import answer_loss
-from longlora.fine_tuning.examples import Read, hold_out, read_examples
-from longlora.fine_tuning.packing import collate, pack_examples
+from longlora.corpus.conversations import ConversationFormat, Example
 from longlora.longqa.pair_files import write_pairs
 from longlora.longqa.pairs import question_and_answer
-from longlora.losses import causal_lm_loss
+from longlora.model.adapters import add_adapters
+from longlora.model.lm_head import causal_lm_loss
 from longlora.run_directory import RunDirectory
+from longlora.training.fine_tuning.answer_loss import answer_loss
+from longlora.training.fine_tuning.examples import Read, hold_out, read_examples
+from longlora.training.fine_tuning.packing import collate, pack_examples
 
 IGNORED = -100
 
@@ -381,7 +381,7 @@ def test_the_adapter_of_a_run_goes_on_and_stock_peft_loads_it_on_the_first_base(
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from longlora.models import load
+    from longlora.model.loading import load
 
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     main(command(base_folder, pairs_file, first, rank=4, method="linear", held_out=0))
@@ -408,7 +408,7 @@ def test_the_adapter_of_a_run_goes_on_and_stock_peft_loads_it_on_the_first_base(
 
 
 def test_the_originals_format_can_be_chosen_for_a_chat_model(base_folder, pairs_file, tmp_path, capsys):
-    from longlora.models import load_tokenizer
+    from longlora.model.loading import load_tokenizer
 
     long = tmp_path / "long.jsonl"
     write_pairs(long, [*make_pairs(4, seed=1), question_and_answer("word " * 80 + "?", "yes")])
@@ -425,7 +425,7 @@ def test_the_originals_format_can_be_chosen_for_a_chat_model(base_folder, pairs_
 
 
 def test_a_model_without_a_template_is_taught_the_originals_and_keeps_it(pairs_file, tiny_model, tmp_path, capsys):
-    from longlora.models import load_tokenizer
+    from longlora.model.loading import load_tokenizer
 
     tokenizer = tokenizers.untemplated()
     tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(tmp_path / "base")

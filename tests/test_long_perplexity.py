@@ -16,7 +16,7 @@ from longlora.errors import UserError
 from longlora.evaluation import long_perplexity as rooms
 from longlora.evaluation.long_perplexity import LongPerplexity, find_key_tokens, long_perplexity, with_lengths
 from longlora.evaluation.long_perplexity_command import evaluate_long_perplexity
-from longlora.positions import extend_positions
+from longlora.model.positions import extend_positions
 from longlora.settings import CorpusSettings, EvaluateLongPerplexitySettings, LongPerplexitySettings
 
 VOCABULARY = 97

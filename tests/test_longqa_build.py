@@ -488,7 +488,7 @@ def test_a_local_teacher_reads_the_chat_template_and_its_answers_become_pairs(
 ):
     """The teacher's words are put into its mouth; its prompts, its batches and what becomes of the words are real."""
     from longlora.longqa import local_teacher
-    from longlora.models import load_tokenizer
+    from longlora.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(teacher_folder)
     asked: list[list[int]] = []
@@ -523,7 +523,7 @@ def test_a_local_teacher_reads_the_chat_template_and_its_answers_become_pairs(
 def test_a_local_teacher_is_asked_not_to_think_first(teacher_folder, tmp_path):
     """A reasoning model would spend its tokens on thoughts, which no pair keeps."""
     from longlora.longqa.local_teacher import LocalTeacher
-    from longlora.models import load_tokenizer
+    from longlora.model.loading import load_tokenizer
     from longlora.settings import LoadSettings
 
     shutil.copytree(teacher_folder, tmp_path / "thinker")
@@ -599,7 +599,7 @@ def test_the_check_finds_what_is_wrong_and_says_where(tmp_path):
 
 @pytest.mark.parametrize("prompt_format", ["auto", "inst"])
 def test_the_check_counts_the_tokens_that_fine_tuning_will_find(teacher_folder, tmp_path, prompt_format):
-    from longlora.models import load_tokenizer
+    from longlora.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(teacher_folder)  # a token a byte, and one that ends an answer
     path = tmp_path / "pairs.json"
@@ -630,7 +630,7 @@ def test_the_check_counts_the_tokens_that_fine_tuning_will_find(teacher_folder, 
 
 
 def test_the_check_names_pairs_that_the_chat_template_cannot_write(teacher_folder, tmp_path):
-    from longlora.models import load_tokenizer
+    from longlora.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(teacher_folder)
     tokenizer.chat_template = (

@@ -13,9 +13,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from longlora import losses
 from longlora.errors import UserError
-from longlora.losses import causal_lm_loss, final_hidden_states, token_losses
+from longlora.model import lm_head as losses
+from longlora.model.lm_head import causal_lm_loss, final_hidden_states, token_losses
 
 VOCABULARY = 97
 SIZES = {

@@ -16,15 +16,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, modeling_utils
 
-from longlora.adapters import add_adapters, save_adapter
 from longlora.cli import main
 from longlora.errors import UserError
-from longlora.losses import causal_lm_loss
-from longlora.memory_saving import liger_loss, offloaded_optimizer
-from longlora.memory_saving.four_bit_base import four_bit_is_here, quantise_base
-from longlora.memory_saving.offloaded_activations import checkpoint_layers
-from longlora.memory_saving.offloaded_optimizer import OffloadedAdamW
-from longlora.memory_saving.tiled_mlp import TiledForward, tile_mlp
+from longlora.model.adapters import add_adapters, save_adapter
+from longlora.model.lm_head import causal_lm_loss
+from longlora.model.memory_saving import liger_loss, offloaded_optimizer
+from longlora.model.memory_saving.four_bit_base import four_bit_is_here, quantise_base
+from longlora.model.memory_saving.offloaded_activations import checkpoint_layers
+from longlora.model.memory_saving.offloaded_optimizer import OffloadedAdamW
+from longlora.model.memory_saving.tiled_mlp import TiledForward, tile_mlp
 from longlora.planner import choosing
 from longlora.planner.choosing import MemoryNeed, choose_memory
 from longlora.planner.fitting import Fit
@@ -392,8 +392,8 @@ LIGER = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 from conftest import make_tiny_model
-from longlora.adapters import add_adapters
-from longlora.losses import causal_lm_loss
+from longlora.model.adapters import add_adapters
+from longlora.model.lm_head import causal_lm_loss
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 ids = torch.randint(97, (2, 23), generator=torch.Generator().manual_seed(3)).to(device)

@@ -13,7 +13,7 @@ from tiny_runs import FACTOR, logits, make_run, save_base, seen_by_stock_librari
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from longlora.errors import UserError
-from longlora.merging import merge
+from longlora.model.merging import merge
 
 TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
 FULL = {"train": ("full",)}

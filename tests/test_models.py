@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import FACTOR, disturb, extend, logits, make_run, save_base
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
-from longlora.adapters import add_adapters, merge_adapters, save_adapter
 from longlora.errors import UserError
-from longlora.model_source import locate, resolve
-from longlora.models import load, load_config, load_tokenizer
+from longlora.model.adapters import add_adapters, merge_adapters, save_adapter
+from longlora.model.loading import load, load_config, load_tokenizer
+from longlora.model.source import locate, resolve
 
 
 @pytest.fixture

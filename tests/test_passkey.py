@@ -115,7 +115,7 @@ def test_every_key_can_be_drawn():
 @pytest.mark.parametrize("keys", [1, 3])
 def test_prompts_and_answers_fill_the_context_to_the_token(chat, keys):
     """With the shipped model's merges: 4,096 entries, where a character more is often no token more."""
-    from longlora.models import load_config, load_tokenizer
+    from longlora.model.loading import load_config, load_tokenizer
 
     tokenizer = load_tokenizer("demo")
     tokenizer.chat_template = "{% for m in messages %}\n{{ m['role'] }}: {{ m['content'] }}{% endfor %}"

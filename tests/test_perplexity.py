@@ -15,8 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from longlora.errors import UserError
 from longlora.evaluation.perplexity import Window, default_contexts, perplexity, perplexity_report, windows
-from longlora.losses import causal_lm_loss
-from longlora.positions import extend_positions
+from longlora.model.lm_head import causal_lm_loss
+from longlora.model.positions import extend_positions
 from longlora.settings import PerplexitySettings
 
 VOCABULARY = 97

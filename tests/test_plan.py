@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longlora import cli
-from longlora.adapters import add_adapters, trainable_summary
 from longlora.errors import UserError
+from longlora.model.adapters import add_adapters, trainable_summary
 from longlora.planner.anatomy import Anatomy
 from longlora.planner.command import plan
 from longlora.planner.duration import duration

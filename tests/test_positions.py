@@ -16,7 +16,7 @@ from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedConfig
 
 from longlora.errors import UserError
-from longlora.positions import extend_positions, original_context, present_context
+from longlora.model.positions import extend_positions, original_context, present_context
 from longlora.settings import METHODS
 
 ORIGINAL = 64

@@ -8,12 +8,12 @@ import yaml
 
 from longlora import cli
 from longlora.demo import recipe as demo_recipe
-from longlora.extension import flat
 from longlora.planner.fitting import Fit
 from longlora.planner.memory import host_bytes
 from longlora.planner.reading import read_anatomy
 from longlora.planner.shapes import find_config
 from longlora.settings import ExtendSettings, PlanSettings, SftSettings
+from longlora.training.extension import flat
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 PLANNED_AS = {

@@ -187,7 +187,7 @@ def test_perplexity_chart_is_drawn_to_scale(tmp_path, spread):
 
 
 def sees(cut: Any, i: int, j: int, n: int, g: int) -> bool:
-    """Whether token i sees token j, from the definitions in DESIGN section 2 and nothing else."""
+    """Whether token i sees token j, from the definition of the pattern and nothing else."""
     if cut.kind == "full" or n <= g:
         return j <= i
     if cut.kind == "rolled":
@@ -528,8 +528,8 @@ def test_the_command_gives_the_settings_of_the_run(tmp_path):
 def test_the_python_that_it_shows_gives_the_trained_model(tmp_path, tiny_model, tiny_tokenizer):
     import torch
 
-    from longlora.adapters import add_adapters, save_adapter
-    from longlora.positions import extend_positions
+    from longlora.model.adapters import add_adapters, save_adapter
+    from longlora.model.positions import extend_positions
 
     torch.manual_seed(0)
     base = tiny_model("llama")

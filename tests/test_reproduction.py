@@ -7,9 +7,9 @@ import pytest
 from test_extension import base_folder as base_folder  # fixtures
 from test_extension import documents as documents
 
+from longlora.attention.cost import attention_cost
 from longlora.cli import main
 from longlora.reproduction import attention_study
-from longlora.reproduction.attention_cost import attention_cost
 from longlora.reproduction.measuring import contexts
 from longlora.settings import AttentionSettings, TrainingSettings
 

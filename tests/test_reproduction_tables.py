@@ -134,7 +134,7 @@ def test_a_killed_cell_goes_on_from_its_checkpoint(words, inline, tmp_path, caps
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("longlora.extension.save_result", die)
+        patched.setattr("longlora.training.extension.save_result", die)
         with pytest.raises(KeyboardInterrupt):
             table_command.reproduce_table(settings)
     run = RunDirectory(tmp_path / "out" / "cells" / f"{name}-seed0")

@@ -23,8 +23,8 @@ from longlora.errors import UserError
 from longlora.evaluation import ruler
 from longlora.evaluation.ruler import averages, effective_length, evaluate_ruler
 from longlora.evaluation.ruler_samples import FOLDER, NoSampleError, RulerTask, choose_tasks, ruler_tasks
-from longlora.model_source import resolve
-from longlora.models import load_tokenizer
+from longlora.model.loading import load_tokenizer
+from longlora.model.source import resolve
 from longlora.settings import RulerSettings
 
 OFFLINE = ["niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe"]
@@ -237,7 +237,7 @@ def test_the_models_own_score_as_threshold(places: Path, bytes_tokenizer: Any, m
 def test_a_model_answers_as_transformers_generates(places: Path, bytes_tokenizer: Any) -> None:
     import torch
 
-    from longlora.models import load
+    from longlora.model.loading import load
 
     output = places / "answers"
     evaluate_ruler(settings(places, contexts=(600,), tasks=("niah_single_1",), output=str(output)))

@@ -16,7 +16,7 @@ from longlora.errors import UserError
 from longlora.evaluation import perplexity as rooms
 from longlora.evaluation.perplexity import perplexity
 from longlora.evaluation.short import baseline_of, evaluate_short, verdict
-from longlora.models import load
+from longlora.model.loading import load
 from longlora.settings import CorpusSettings, EvaluateShortSettings, PerplexitySettings
 
 TEXT = "The sky is blue and the grass is green; here we go, there and back again. "
@@ -124,7 +124,7 @@ def test_stretched_without_training(places: Path) -> None:
     document = evaluate_short(settings(places, "base", extend_to=256, method="linear"))
     assert document["label"] == f"{places / 'base'}, linear to 256, not trained"
     network, tokenizer = load(str(places / "base"))
-    from longlora.positions import extend_positions
+    from longlora.model.positions import extend_positions
 
     extend_positions(network, 256, "linear")
     corpus = tokenize_corpus(tokenizer, CorpusSettings(data=(str(places / "data"),)))

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from longlora.adapters import add_adapters, save_adapter
-from longlora.positions import extend_positions, present_context
+from longlora.model.adapters import add_adapters, save_adapter
+from longlora.model.positions import extend_positions, present_context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

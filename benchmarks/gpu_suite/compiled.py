@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import longlora
 from longlora.bench.machine import now
 from longlora.bench.step import read_config
-from longlora.models import quiet
+from longlora.model.loading import quiet
 from longlora.settings import BenchStepSettings
 
 APART = 5e-3

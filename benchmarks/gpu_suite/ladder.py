@@ -17,7 +17,7 @@ from longlora.bench.machine import free_bytes, peak_bytes
 from longlora.bench.memory import planned_step, predict
 from longlora.bench.step import read_config
 from longlora.bench.trainers import Taken, Way, make_ways, random_rows
-from longlora.memory_saving.four_bit_base import four_bit_is_here
+from longlora.model.memory_saving.four_bit_base import four_bit_is_here
 from longlora.planner.memory import host_bytes
 from longlora.planner.reading import read_anatomy
 from longlora.settings import AttentionSettings, BenchMemorySettings

@@ -13,13 +13,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from longlora.adapters import add_adapters
     from longlora.attention.shifted import shifted_attention
     from longlora.attention.transformers_backend import use_shifted_attention
     from longlora.errors import UserError
-    from longlora.merging import merge
-    from longlora.models import load
-    from longlora.positions import extend_positions
+    from longlora.model.adapters import add_adapters
+    from longlora.model.loading import load
+    from longlora.model.merging import merge
+    from longlora.model.positions import extend_positions
 
 __all__ = [
     "UserError",
@@ -33,10 +33,10 @@ __all__ = [
 
 _HOMES = {
     "UserError": "errors",
-    "add_adapters": "adapters",
-    "extend_positions": "positions",
-    "load": "models",
-    "merge": "merging",
+    "add_adapters": "model.adapters",
+    "extend_positions": "model.positions",
+    "load": "model.loading",
+    "merge": "model.merging",
     "shifted_attention": "attention.shifted",
     "use_shifted_attention": "attention.transformers_backend",
 }

@@ -21,8 +21,8 @@ from longlora.errors import UserError, check_choice, nearest
 from longlora.logs import quiet_libraries
 
 COMMANDS: dict[str, tuple[type[s.CommandSettings], str]] = {
-    "extend": (s.ExtendSettings, "longlora.extension:extend"),
-    "sft": (s.SftSettings, "longlora.fine_tuning.command:sft"),
+    "extend": (s.ExtendSettings, "longlora.training.extension:extend"),
+    "sft": (s.SftSettings, "longlora.training.fine_tuning.command:sft"),
     "chat": (s.ChatSettings, "longlora.chat.command:chat"),
     "eval perplexity": (s.EvaluatePerplexitySettings, "longlora.evaluation.command:evaluate_perplexity"),
     "eval short": (s.EvaluateShortSettings, "longlora.evaluation.short:evaluate_short"),
@@ -35,9 +35,9 @@ COMMANDS: dict[str, tuple[type[s.CommandSettings], str]] = {
     "eval topics": (s.TopicsSettings, "longlora.evaluation.longeval:evaluate_topics"),
     "eval lines": (s.LinesSettings, "longlora.evaluation.longeval:evaluate_lines"),
     "plan": (s.PlanSettings, "longlora.planner.command:plan"),
-    "merge": (s.MergeSettings, "longlora.merging:merge_run"),
-    "export": (s.ExportSettings, "longlora.exporting.command:export"),
-    "report": (s.ReportSettings, "longlora.comparison.command:report"),
+    "merge": (s.MergeSettings, "longlora.model.merging:merge_run"),
+    "export": (s.ExportSettings, "longlora.model.exporting.command:export"),
+    "report": (s.ReportSettings, "longlora.report.comparison.command:report"),
     "longqa build": (s.BuildLongQASettings, "longlora.longqa.building:build_pairs"),
     "longqa check": (s.CheckLongQASettings, "longlora.longqa.checking:check_pairs"),
     "reproduce": (s.ReproduceSettings, "longlora.reproduction.command:reproduce"),

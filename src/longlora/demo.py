@@ -9,9 +9,8 @@ from typing import Any
 from longlora.bench import attention_costs
 from longlora.errors import UserError
 from longlora.evaluation.command import perplexity_table
-from longlora.extension import flat, load_for_training, measure, prepare_data, train_extension
-from longlora.models import load_config
-from longlora.positions import extend_positions
+from longlora.model.loading import load_config
+from longlora.model.positions import extend_positions
 from longlora.report.page import write_report
 from longlora.run_directory import RunDirectory
 from longlora.settings import (
@@ -24,6 +23,7 @@ from longlora.settings import (
     TrainableSettings,
     TrainingSettings,
 )
+from longlora.training.extension import flat, load_for_training, measure, prepare_data, train_extension
 
 logger = logging.getLogger(__name__)
 

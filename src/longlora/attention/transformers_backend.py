@@ -18,7 +18,7 @@ from longlora.attention.kernels import Scoring
 from longlora.attention.patterns import FIRST_DRAW, PLAIN, Draw, warn_of_leak
 from longlora.attention.state import LayerCall, ShiftedAttentionState, layer_attention
 from longlora.errors import UserError, check_choice
-from longlora.positions import present_context
+from longlora.model.positions import present_context
 from longlora.settings import PATTERNS, PatternOptions
 
 IMPLEMENTATION = "s2_attn"

@@ -2,7 +2,7 @@
 
 The B rows of N tokens are one line of B * N tokens. Each block of a head set is a sequence: its queries are the
 block's tokens, its keys are the earlier tokens that it reads and then the same tokens, so that the last query sees
-every key, the one before all but the last, and so on (DESIGN section 2). Where the blocks are neighbouring tokens and
+every key, the one before all but the last, and so on. Where the blocks are neighbouring tokens and
 nothing is padding, queries and keys stand in the line as they are, and nothing is moved.
 """
 

@@ -18,9 +18,9 @@ from longlora.corpus.tokens import tokenize_corpus
 from longlora.errors import UserError
 from longlora.evaluation.loading import data_name, held_out
 from longlora.evaluation.perplexity import evaluating, perplexity, windows
-from longlora.losses import unwrapped
-from longlora.models import load
-from longlora.positions import extend_positions, present_context
+from longlora.model.lm_head import unwrapped
+from longlora.model.loading import load
+from longlora.model.positions import extend_positions, present_context
 from longlora.progress import Progress
 from longlora.settings import BenchPerplexitySettings, PerplexitySettings
 
@@ -110,7 +110,7 @@ def bench_perplexity(settings: BenchPerplexitySettings) -> dict[str, Any]:
 def full_logits_loss(model: nn.Module, document: np.ndarray, context: int, stride: int) -> tuple[float, int]:
     """Mean loss in nats of a document's tokens (n,), each scored once, and their number, with all logits of a window.
 
-    The plain way, with nothing of this package in it but the list of windows (DESIGN section 6, `--score last`).
+    The plain way, with nothing of this package in it but the list of windows (`--score last`).
     """
     place = next(model.parameters()).device
     total, count = 0.0, 0

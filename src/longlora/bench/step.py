@@ -22,13 +22,13 @@ from longlora.bench.machine import choose_device, free_bytes, hardware, peak_byt
 from longlora.bench.step_table import step_table
 from longlora.bench.trainers import Rows, Taken, Way, make_ways, random_rows
 from longlora.errors import UserError
+from longlora.model.positions import extend_positions, present_context
 from longlora.planner.anatomy import Anatomy
 from longlora.planner.layer_memory import Step
 from longlora.planner.measure import with_layers
 from longlora.planner.memory import step_memory
 from longlora.planner.reading import read_anatomy
 from longlora.planner.shapes import find_config
-from longlora.positions import extend_positions, present_context
 from longlora.progress import Progress
 from longlora.settings import BenchStepSettings, MeasuredStepSettings
 

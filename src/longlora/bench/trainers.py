@@ -26,17 +26,17 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from longlora.adapters import add_adapters_from
 from longlora.bench.machine import now
 from longlora.errors import UserError
-from longlora.losses import unwrapped
-from longlora.memory_saving.four_bit_base import quantise_base
-from longlora.memory_saving.liger_loss import choose_loss_kernel
-from longlora.memory_saving.offloaded_activations import checkpointing_arguments
-from longlora.memory_saving.tiled_mlp import tile_mlp
-from longlora.models import quiet
+from longlora.model.adapters import add_adapters_from
+from longlora.model.lm_head import unwrapped
+from longlora.model.loading import quiet
+from longlora.model.memory_saving.four_bit_base import quantise_base
+from longlora.model.memory_saving.liger_loss import choose_loss_kernel
+from longlora.model.memory_saving.offloaded_activations import checkpointing_arguments
+from longlora.model.memory_saving.tiled_mlp import tile_mlp
 from longlora.settings import STEP_WAYS, BenchStepSettings, MemorySettings, PatternOptions
-from longlora.training import AttentionSchedule, ContextTrainer
+from longlora.training.trainer import AttentionSchedule, ContextTrainer
 
 Rows = list[dict[str, Tensor]]
 """Each `{"input_ids": (N,), "labels": (N,)}`."""

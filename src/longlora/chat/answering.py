@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from longlora.chat.attention_sinks import SinkWindow
 from longlora.chat.prefix_cache import PrefixCaches, ReadTokens
 from longlora.chat.sampling import Sampler
-from longlora.losses import mixed_precision, unwrapped
+from longlora.model.lm_head import mixed_precision, unwrapped
 
 PIECE_TOKENS = 256
 """A prompt is read so many tokens at a time: between pieces it says how far it is, and can be stopped."""

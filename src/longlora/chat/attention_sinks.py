@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from longlora.chat.prefix_cache import ReadTokens
 from longlora.errors import UserError
-from longlora.losses import unwrapped
+from longlora.model.lm_head import unwrapped
 
 TURNS_OF_A_KEY = 8
 """Tokens leave `recent / TURNS_OF_A_KEY` at a time."""

@@ -14,7 +14,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import DynamicCache
 
-from longlora.losses import unwrapped
+from longlora.model.lm_head import unwrapped
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 

@@ -12,11 +12,11 @@ from typing import Any
 from torch import nn
 
 from longlora.chat.documents import ChatDocument
-from longlora.conversations import ConversationFormat, Turns
+from longlora.corpus.conversations import ConversationFormat, Turns
 from longlora.corpus.encoding import beginning
 from longlora.evaluation.prompting import PromptFormat
 from longlora.longqa.prompts import material_opening
-from longlora.losses import unwrapped
+from longlora.model.lm_head import unwrapped
 
 NEXT_QUESTION = "\n\nQuestion:"
 _QUESTION, _ANSWER = f"{NEXT_QUESTION} ", "\nAnswer:"

@@ -17,7 +17,7 @@ from longlora.chat.prefix_cache import PrefixCaches
 from longlora.chat.prompting import AnswerText, ChatPrompts
 from longlora.chat.sampling import Sampler
 from longlora.errors import UserError
-from longlora.models import load, window
+from longlora.model.loading import load, window
 from longlora.settings import AnswerSettings, ChatSettings
 
 WINDOWS_KEPT = 2

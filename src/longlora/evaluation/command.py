@@ -19,7 +19,7 @@ from longlora.evaluation.results import (
     weights_fingerprint,
 )
 from longlora.evaluation.trials import TrialLog
-from longlora.losses import unwrapped
+from longlora.model.lm_head import unwrapped
 from longlora.settings import EvaluatePerplexitySettings
 
 logger = logging.getLogger(__name__)

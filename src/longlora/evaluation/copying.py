@@ -27,7 +27,7 @@ from torch import nn
 
 from longlora.errors import UserError
 from longlora.evaluation.perplexity import evaluating, windows
-from longlora.losses import IGNORED, run_token_losses
+from longlora.model.lm_head import IGNORED, run_token_losses
 
 CUE = 16
 """Tokens of a repeated passage that tell the model which passage it is."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from longlora.evaluation.perplexity import evaluating
-from longlora.losses import unwrapped
+from longlora.model.lm_head import unwrapped
 from longlora.progress import Progress
 
 Prompt = Sequence[int] | np.ndarray

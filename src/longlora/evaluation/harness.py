@@ -27,8 +27,8 @@ from longlora.errors import UserError, nearest
 from longlora.evaluation.generation import generate_each, passes
 from longlora.evaluation.perplexity import evaluating
 from longlora.evaluation.prompting import PromptFormat
-from longlora.losses import IGNORED, run_token_losses, unwrapped
-from longlora.model_source import first_line
+from longlora.model.lm_head import IGNORED, run_token_losses, unwrapped
+from longlora.model.source import first_line
 from longlora.progress import Progress
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ import numpy as np
 
 from longlora.corpus.tokens import TokenizedCorpus
 from longlora.errors import UserError
-from longlora.models import load
-from longlora.positions import extend_positions
+from longlora.model.loading import load
+from longlora.model.positions import extend_positions
 from longlora.settings import CorpusSettings, EvaluatedModelsSettings
 
 
@@ -17,7 +17,7 @@ def load_evaluated(name: str, settings: EvaluatedModelsSettings) -> tuple[Any, A
     """The model that `name` names, its tokenizer, and the label of its results.
 
     Raises:
-        UserError: as `longlora.models.load`, or `extend_to` is no longer than the model's window.
+        UserError: as `longlora.model.loading.load`, or `extend_to` is no longer than the model's window.
     """
     model, tokenizer = load(
         name,

@@ -34,9 +34,9 @@ from transformers import PreTrainedConfig
 from longlora.errors import UserError
 from longlora.evaluation.perplexity import TOKENS_A_PASS, Documents, Listed, check_positions, evaluating, windows
 from longlora.evaluation.trials import Record, TrialLog
-from longlora.losses import IGNORED, run_token_losses, unwrapped
-from longlora.models import window
-from longlora.positions import original_context
+from longlora.model.lm_head import IGNORED, run_token_losses, unwrapped
+from longlora.model.loading import window
+from longlora.model.positions import original_context
 from longlora.progress import Progress
 from longlora.settings import LongPerplexitySettings
 
@@ -124,7 +124,7 @@ def long_perplexity(
 
     Raises:
         UserError: no document has L tokens; the lengths do not fit; a context is beyond learned positions; the model
-            cannot be scored (`longlora.losses`); its loss is not finite.
+            cannot be scored (`longlora.model.lm_head`); its loss is not finite.
     """
     settings = with_lengths(settings, [unwrapped(model).config])
     corpus, chosen, skipped = _choose(documents, settings)

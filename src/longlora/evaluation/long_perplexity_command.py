@@ -24,8 +24,8 @@ from longlora.evaluation.results import (
     weights_fingerprint,
 )
 from longlora.evaluation.trials import TrialLog
-from longlora.losses import unwrapped
-from longlora.models import load_config, load_tokenizer
+from longlora.model.lm_head import unwrapped
+from longlora.model.loading import load_config, load_tokenizer
 from longlora.settings import EvaluateLongPerplexitySettings, LongPerplexitySettings
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from longlora.evaluation.perplexity import default_contexts
 from longlora.evaluation.prompting import PromptFormat
 from longlora.evaluation.results import Document, change_lines
 from longlora.evaluation.retrieval import Question, Task, ask_models, window_of
-from longlora.models import window
+from longlora.model.loading import window
 from longlora.progress import Progress
 from longlora.settings import PasskeySettings
 

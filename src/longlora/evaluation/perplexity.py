@@ -28,8 +28,8 @@ from transformers import PreTrainedConfig
 
 from longlora.errors import UserError
 from longlora.evaluation.trials import TrialLog
-from longlora.losses import IGNORED, mixed_precision, run_token_losses, unwrapped
-from longlora.positions import original_context, present_context
+from longlora.model.lm_head import IGNORED, mixed_precision, run_token_losses, unwrapped
+from longlora.model.positions import original_context, present_context
 from longlora.progress import Progress
 from longlora.settings import PerplexitySettings
 
@@ -141,8 +141,8 @@ def perplexity(
 
     Raises:
         UserError: the stride is above a context; no document is long enough; a token is not in the model's vocabulary;
-            a context is beyond learned positions; the model cannot be scored (`longlora.losses`); the loss is not
-            finite.
+            a context is beyond learned positions; the model cannot be scored (`longlora.model.lm_head`); the loss is
+            not finite.
     """
     config = unwrapped(model).config
     contexts = settings.contexts or tuple(c for c in default_contexts(config) if c >= settings.stride)
@@ -188,7 +188,7 @@ def perplexity(
 def perplexity_report(
     model_name: str, data_name: str, settings: PerplexitySettings, results: Sequence[ContextPerplexity]
 ) -> dict[str, Any]:
-    """The JSON document of `longlora eval perplexity` (DESIGN section 5)."""
+    """The JSON document of `longlora eval perplexity`."""
     return {
         "model": model_name,
         "data": data_name,

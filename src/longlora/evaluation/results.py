@@ -21,7 +21,7 @@ import numpy as np
 
 from longlora.corpus.tokens import TokenizedCorpus
 from longlora.evaluation.trials import TrialLog
-from longlora.model_source import resolve
+from longlora.model.source import resolve
 from longlora.run_directory import write_whole
 from longlora.settings import EvaluatedModelsSettings
 

@@ -31,8 +31,8 @@ from longlora.evaluation.results import (
     weights_fingerprint,
 )
 from longlora.evaluation.trials import Record, TrialLog
-from longlora.losses import unwrapped
-from longlora.models import window
+from longlora.model.lm_head import unwrapped
+from longlora.model.loading import window
 from longlora.settings import RetrievalSettings
 
 logger = logging.getLogger(__name__)

@@ -25,8 +25,8 @@ from longlora.evaluation.results import (
     weights_fingerprint,
 )
 from longlora.evaluation.trials import TrialLog
-from longlora.losses import unwrapped
-from longlora.models import window
+from longlora.model.lm_head import unwrapped
+from longlora.model.loading import window
 from longlora.progress import Progress
 from longlora.settings import RULER_BAR, RulerSettings
 

@@ -26,7 +26,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from longlora.errors import check_choice
-from longlora.model_source import first_line
+from longlora.model.source import first_line
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 

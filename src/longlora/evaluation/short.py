@@ -25,7 +25,7 @@ from longlora.evaluation.results import (
     weights_fingerprint,
 )
 from longlora.evaluation.trials import TrialLog
-from longlora.models import load_config, load_tokenizer, locate, window
+from longlora.model.loading import load_config, load_tokenizer, locate, window
 from longlora.settings import EvaluateShortSettings, PerplexitySettings
 
 logger = logging.getLogger(__name__)

@@ -120,7 +120,7 @@ def _tokenizer(settings: BuildLongQASettings) -> Any:
     name = settings.tokenizer or (None if settings.teacher_url else settings.teacher)
     if name is None:
         return None
-    from longlora.models import load_tokenizer
+    from longlora.model.loading import load_tokenizer
 
     loading = settings.loading
     return load_tokenizer(name, trust_remote_code=loading.trust_remote_code, revision=loading.revision)

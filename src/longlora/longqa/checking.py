@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from longlora.conversations import ConversationFormat
+from longlora.corpus.conversations import ConversationFormat
 from longlora.errors import UserError
 from longlora.longqa.pair_files import Malformed, iterate_pairs
 from longlora.longqa.pairs import Pair
@@ -85,7 +85,7 @@ def _characters(pair: Pair) -> tuple[int, int, int]:
 
 
 def _tokens_in_training(settings: CheckLongQASettings) -> Measure:
-    from longlora.models import load_tokenizer
+    from longlora.model.loading import load_tokenizer
 
     loading = settings.loading
     tokenizer = load_tokenizer(

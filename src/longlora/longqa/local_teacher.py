@@ -6,11 +6,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from longlora.conversations import ConversationFormat
+from longlora.corpus.conversations import ConversationFormat
 from longlora.errors import UserError
 from longlora.evaluation.generation import generate
 from longlora.longqa.answers import Answer, judged
-from longlora.models import load, load_config, window
+from longlora.model.loading import load, load_config, window
 from longlora.settings import LoadSettings
 
 logger = logging.getLogger(__name__)

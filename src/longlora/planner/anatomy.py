@@ -65,7 +65,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Trainees:
-    """What trains; each trainable number is float32 (`longlora.adapters`)."""
+    """What trains; each trainable number is float32 (`longlora.model.adapters`)."""
 
     groups: dict[str, int]
     """Trainable numbers by group: lora, norm, embed; or full and bias."""

@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from longlora.errors import UserError
-from longlora.memory_saving.four_bit_base import four_bit_is_here
-from longlora.memory_saving.liger_loss import refuse_liger_here
+from longlora.model.memory_saving.four_bit_base import four_bit_is_here
+from longlora.model.memory_saving.liger_loss import refuse_liger_here
 from longlora.planner.fitting import Fit, with_switches
 from longlora.planner.reading import read_anatomy
 from longlora.planner.table import SAYS

@@ -3,10 +3,10 @@
 from collections import Counter
 from typing import Any
 
+from longlora.attention.schedule import attention_at
 from longlora.planner.anatomy import Anatomy
 from longlora.planner.flops import causal_flops, training_flops
 from longlora.settings import PlanSettings
-from longlora.training import attention_at
 
 
 def duration(anatomy: Anatomy, settings: PlanSettings, gradient_checkpointing: bool) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What autograd keeps of one decoder layer for its backward pass, in bytes a token.
 
-Read off what transformers' layers, PEFT's LoRA and `longlora.adapters` do to a tensor, and checked against what is
-counted (`tests/test_plan_memory.py`): RMSNorms work in float32, LoRA and trained matrices read copies of their own.
+Read off what transformers' layers, PEFT's LoRA and `longlora.model.adapters` do to a tensor, and checked against what
+is counted (`tests/test_plan_memory.py`): RMSNorms work in float32, LoRA and trained matrices read copies of their own.
 """
 
 from dataclasses import dataclass

@@ -30,15 +30,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, PreTrainedConfig, modeling_utils
 
-from longlora.adapters import add_adapters_from, parameter_groups
 from longlora.attention.transformers_backend import use_shifted_attention
 from longlora.errors import UserError
-from longlora.losses import causal_lm_loss, unwrapped
-from longlora.memory_saving.in_the_model import save_memory_in
-from longlora.memory_saving.liger_loss import why_not_liger
-from longlora.memory_saving.offloaded_activations import checkpoint_layers
-from longlora.memory_saving.offloaded_optimizer import OffloadedAdamW
-from longlora.models import quiet
+from longlora.model.adapters import add_adapters_from, parameter_groups
+from longlora.model.lm_head import causal_lm_loss, unwrapped
+from longlora.model.loading import quiet
+from longlora.model.memory_saving.in_the_model import save_memory_in
+from longlora.model.memory_saving.liger_loss import why_not_liger
+from longlora.model.memory_saving.offloaded_activations import checkpoint_layers
+from longlora.model.memory_saving.offloaded_optimizer import OffloadedAdamW
 from longlora.planner.reading import build_without_storage
 from longlora.progress import Progress
 from longlora.settings import AttentionSettings, TrainableSettings, TrainingSettings
@@ -222,7 +222,7 @@ class _ProcessMeter:
 
 
 class Run:
-    """Steps as `longlora.training` takes them, without the Trainer around."""
+    """Steps as `longlora.training.trainer` takes them, without the Trainer around."""
 
     def __init__(
         self,

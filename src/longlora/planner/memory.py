@@ -1,8 +1,8 @@
 """Bytes that a training step holds on one device, by part, at the moments where memory peaks: a formula, nothing runs.
 
-What `longlora.training` does is written down term by term: a base in the precision of the run, whatever trains in
-float32 (weight, gradient, two moments of AdamW), autocast, each layer computed anew in its backward pass, the LM head
-on some tokens at a time. Memory peaks at one of four moments:
+What `longlora.training.trainer` does is written down term by term: a base in the precision of the run, whatever trains
+in float32 (weight, gradient, two moments of AdamW), autocast, each layer computed anew in its backward pass, the LM
+head on some tokens at a time. Memory peaks at one of four moments:
 
     loss        backward of one chunk of logits, all that the layers keep still there
     layer       backward of a layer, most often of the last one's feed-forward part

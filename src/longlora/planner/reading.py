@@ -1,7 +1,7 @@
 """Reads a model's anatomy from its config, on PyTorch's meta device (shapes without storage).
 
-The model and what trains in it are built by transformers and by `longlora.adapters` themselves, so that every family
-counts as it really is: fused projections, grouped queries, normalised heads, experts, sliding windows, tied heads.
+The model and what trains in it are built by transformers and by `longlora.model.adapters` themselves, so that every
+family counts as it really is: fused projections, grouped queries, normalised heads, experts, windows, tied heads.
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from longlora.adapters import add_adapters_from, attention_projections, norm_modules, trainable_summary
 from longlora.attention.transformers_backend import use_shifted_attention
 from longlora.errors import UserError
-from longlora.memory_saving.tiled_mlp import decoder_layers, feedforward_modules
-from longlora.model_source import first_line
-from longlora.models import quiet, window
+from longlora.model.adapters import add_adapters_from, attention_projections, norm_modules, trainable_summary
+from longlora.model.loading import quiet, window
+from longlora.model.memory_saving.tiled_mlp import decoder_layers, feedforward_modules
+from longlora.model.source import first_line
 from longlora.planner.anatomy import Anatomy, LayerShape, Trainees
 from longlora.settings import TrainableSettings
 

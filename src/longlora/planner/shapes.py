@@ -7,8 +7,8 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from longlora.errors import UserError, nearest
-from longlora.model_source import first_line
-from longlora.models import load_config
+from longlora.model.loading import load_config
+from longlora.model.source import first_line
 from longlora.settings import LoadSettings
 
 

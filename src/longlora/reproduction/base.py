@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from longlora.demo import recipe
 from longlora.errors import UserError
-from longlora.models import load_config
-from longlora.positions import original_context
+from longlora.model.loading import load_config
+from longlora.model.positions import original_context
 from longlora.settings import ExtendSettings, ReproduceSettings
 
 EMBED_RATE = 1 / 20

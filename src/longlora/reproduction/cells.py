@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from longlora.attention.cost import attention_cost
 from longlora.errors import UserError
-from longlora.extension import Data, flat, load_for_training, prepare_data, train_extension
-from longlora.positions import extend_positions
-from longlora.reproduction.attention_cost import attention_cost
+from longlora.model.positions import extend_positions
 from longlora.reproduction.processes import in_processes
 from longlora.run_directory import RunDirectory, plain
 from longlora.settings import ExtendSettings
+from longlora.training.extension import Data, flat, load_for_training, prepare_data, train_extension
 
 Measure = Callable[[Any, Any, ExtendSettings], dict[str, Any]]
 """(model, what `prepare_data` returned, settings) -> what to keep of the cell."""

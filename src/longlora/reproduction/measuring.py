@@ -8,10 +8,10 @@ import numpy as np
 
 from longlora.evaluation.copying import perplexity_by_distance, recall
 from longlora.evaluation.perplexity import perplexity
-from longlora.extension import Data
-from longlora.models import load_config
-from longlora.positions import original_context
+from longlora.model.loading import load_config
+from longlora.model.positions import original_context
 from longlora.settings import ExtendSettings, PerplexitySettings
+from longlora.training.extension import Data
 
 DOCUMENTS = 3
 """Held-out documents that perplexity is measured on: the first that are as long as the context."""

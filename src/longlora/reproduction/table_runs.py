@@ -20,9 +20,8 @@ from transformers import PreTrainedModel
 from longlora.attention.transformers_backend import use_shifted_attention
 from longlora.errors import UserError
 from longlora.evaluation.copying import recall
-from longlora.extension import Data, flat, load_for_training, prepare_data
-from longlora.models import load
-from longlora.positions import extend_positions
+from longlora.model.loading import load
+from longlora.model.positions import extend_positions
 from longlora.reproduction.cells import Cell, differences, finished, train_cell
 from longlora.reproduction.entries import Entry, Table
 from longlora.reproduction.measuring import PASSAGES, perplexities
@@ -30,12 +29,13 @@ from longlora.reproduction.processes import in_processes
 from longlora.reproduction.tables import RECALL_PLACES
 from longlora.run_directory import RunDirectory
 from longlora.settings import ExtendSettings
-from longlora.training import document_loss
+from longlora.training.extension import Data, flat, load_for_training, prepare_data
+from longlora.training.trainer import document_loss
 
 logger = logging.getLogger(__name__)
 
 WATCHED_DOCUMENTS = 8
-"""Held-out documents of the perplexity on the way, as `longlora.extension.train_extension` takes them."""
+"""Held-out documents of the perplexity on the way, as `longlora.training.extension.train_extension` takes them."""
 
 
 @dataclass(frozen=True)

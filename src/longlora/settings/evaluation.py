@@ -14,7 +14,7 @@ SCORES = ("last", "window")
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexitySettings:
-    """Sliding-window perplexity (DESIGN section 6; paper section 4.2 with its stride of 256)."""
+    """Sliding-window perplexity (paper section 4.2 with its stride of 256)."""
 
     contexts: Tokens = ()
     """Context lengths to test, in tokens; default every doubling from the original window to the present one."""

@@ -19,7 +19,7 @@ PACKINGS = ("concatenate", "isolate")
 
 @dataclass(frozen=True, kw_only=True)
 class PositionSettings:
-    """How the rotary positions are stretched (paper section 3.3 and DESIGN section 3)."""
+    """How the rotary positions are stretched (paper section 3.3)."""
 
     context: int
     """Context length to train for and to write into the model's config, in tokens."""

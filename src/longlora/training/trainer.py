@@ -17,15 +17,16 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from longlora.adapters import parameter_groups
 from longlora.attention.patterns import Draw
+from longlora.attention.schedule import attention_at
 from longlora.attention.transformers_backend import draw_from, use_shifted_attention
 from longlora.errors import UserError
 from longlora.evaluation.perplexity import perplexity
-from longlora.losses import causal_lm_loss, unwrapped
-from longlora.memory_saving.liger_loss import choose_loss_kernel
-from longlora.memory_saving.offloaded_activations import checkpointing_arguments
-from longlora.memory_saving.offloaded_optimizer import OffloadedAdamW
+from longlora.model.adapters import parameter_groups
+from longlora.model.lm_head import causal_lm_loss, unwrapped
+from longlora.model.memory_saving.liger_loss import choose_loss_kernel
+from longlora.model.memory_saving.offloaded_activations import checkpointing_arguments
+from longlora.model.memory_saving.offloaded_optimizer import OffloadedAdamW
 from longlora.progress import Progress
 from longlora.run_directory import RunDirectory, checkpoint_step
 from longlora.settings import (
@@ -185,23 +186,6 @@ class AttentionSchedule(TrainerCallback):
             )
             self.present = wanted
         draw_from(model, Draw(self.seed, state.global_step))
-
-
-def attention_at(attention: AttentionSettings, context: int, step: int, steps: int) -> tuple[str, int]:
-    """Pattern and group size in tokens of optimiser step `step` (from 0) of `steps`.
-
-    >>> growing = AttentionSettings(group_size=1024, final_group_size=4096, full_attention_steps=10)
-    >>> [attention_at(growing, 4096, step, 40) for step in (0, 9, 10, 20, 29, 30)]
-    [('shift', 1024), ('shift', 1024), ('shift', 2048), ('shift', 4096), ('shift', 4096), ('full', 1024)]
-    """
-    first = attention.tokens_per_group(context)
-    before_full = steps - attention.full_attention_steps
-    if step >= before_full:
-        return "full", first
-    sizes = [first]
-    while attention.final_group_size is not None and sizes[-1] < attention.final_group_size:
-        sizes.append(min(2 * sizes[-1], attention.final_group_size))
-    return attention.pattern, sizes[step * len(sizes) // before_full]
 
 
 def peak_memory() -> int:

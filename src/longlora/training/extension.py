@@ -13,7 +13,6 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from longlora.adapters import add_adapters_from, save_adapter, trainable_summary
 from longlora.attention.transformers_backend import use_shifted_attention
 from longlora.corpus.holding_out import held_out_documents
 from longlora.corpus.packing import PackedRows, describe, pack
@@ -21,15 +20,16 @@ from longlora.corpus.tokens import tokenize_corpus
 from longlora.errors import UserError
 from longlora.evaluation.command import perplexity_table
 from longlora.evaluation.perplexity import default_contexts, perplexity, perplexity_report
-from longlora.losses import unwrapped
-from longlora.memory_saving.in_the_model import save_memory_in
-from longlora.models import load, load_config
+from longlora.model.adapters import add_adapters_from, save_adapter, trainable_summary
+from longlora.model.lm_head import unwrapped
+from longlora.model.loading import load, load_config
+from longlora.model.memory_saving.in_the_model import save_memory_in
+from longlora.model.positions import PositionExtension, extend_positions, present_context
 from longlora.planner.choosing import MemoryNeed, choose_memory
-from longlora.positions import PositionExtension, extend_positions, present_context
 from longlora.report.page import write_report
 from longlora.run_directory import RunDirectory
 from longlora.settings import ExtendSettings, MemorySettings, PerplexitySettings
-from longlora.training import document_loss, refuse_missing_trackers, train
+from longlora.training.trainer import document_loss, refuse_missing_trackers, train
 
 logger = logging.getLogger(__name__)
 

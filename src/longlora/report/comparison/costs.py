@@ -6,12 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from longlora.comparison.subjects import Subject
+from longlora.attention.cost import attention_cost
 from longlora.errors import UserError
 from longlora.report import wording
 from longlora.report.charts import Bar, Bars, at_both_widths, bar_chart
+from longlora.report.comparison.subjects import Subject
 from longlora.report.reading import Recorded, at, number, read_object, whole
-from longlora.reproduction.attention_cost import attention_cost
 from longlora.settings import AttentionSettings, PatternOptions, TrainingSettings
 
 STEPS_COUNTED = 100

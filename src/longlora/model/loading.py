@@ -1,4 +1,4 @@
-"""MODEL -> (model, tokenizer): one way to load whatever `longlora.model_source` finds.
+"""MODEL -> (model, tokenizer): one way to load whatever `longlora.model.source` finds.
 
 Weights come from safetensors or GGUF, never from a pickle. An adapter is loaded as stock PEFT loads it, on its base
 under the *extended* config.json that lies beside the adapter, but what PEFT only warns about is an error here.
@@ -30,11 +30,11 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
-from longlora.adapters import keep_trainable_in_float32, merge_adapters
 from longlora.errors import UserError, check_choice
-from longlora.gguf_positions import read_positions
-from longlora.model_source import ModelSource, base_of, first_line, locate, resolve
-from longlora.positions import present_context
+from longlora.model.adapters import keep_trainable_in_float32, merge_adapters
+from longlora.model.gguf_positions import read_positions
+from longlora.model.positions import present_context
+from longlora.model.source import ModelSource, base_of, first_line, locate, resolve
 from longlora.settings import DTYPES
 
 __all__ = ["ModelSource", "load", "load_config", "load_tokenizer", "locate", "quiet", "resolve", "window"]
@@ -64,7 +64,7 @@ def load(
     merge: bool = False,
     trainable: bool = False,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer that `model` names (see `longlora.model_source`), in eval mode.
+    """The model and tokenizer that `model` names (see `longlora.model.source`), in eval mode.
 
     Args:
         model: MODEL.

@@ -12,11 +12,11 @@ from gguf import MODEL_ARCH_NAMES, GGUFWriter
 from transformers import PreTrainedModel
 
 from longlora.errors import UserError
-from longlora.exporting.vocabulary import vocabulary
-from longlora.exporting.weights import add_shape, layout_of, type_name, write_tensors
-from longlora.gguf_positions import FREQUENCIES, OWN_KEY, gguf_positions
-from longlora.models import load, load_config
-from longlora.positions import present_context
+from longlora.model.exporting.vocabulary import vocabulary
+from longlora.model.exporting.weights import add_shape, layout_of, type_name, write_tensors
+from longlora.model.gguf_positions import FREQUENCIES, OWN_KEY, gguf_positions
+from longlora.model.loading import load, load_config
+from longlora.model.positions import present_context
 from longlora.progress import Progress
 from longlora.settings import ExportSettings
 

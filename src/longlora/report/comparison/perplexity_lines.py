@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from longlora.comparison.subjects import Subject
 from longlora.report import wording
+from longlora.report.comparison.subjects import Subject
 from longlora.report.perplexity_section import drawn
 from longlora.report.reading import PerplexityOf
 from longlora.report.ways import difference

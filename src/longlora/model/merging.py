@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 
 from longlora.errors import UserError
-from longlora.model_source import ModelSource, base_of, first_line, locate
-from longlora.models import load, load_config, quiet, window
+from longlora.model.loading import load, load_config, quiet, window
+from longlora.model.source import ModelSource, base_of, first_line, locate
 from longlora.settings import MergeSettings
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from longlora.errors import UserError
-from longlora.positions import frequency_divisors
+from longlora.model.positions import frequency_divisors
 
 OWN_KEY = "longlora.config"
 

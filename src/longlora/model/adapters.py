@@ -239,7 +239,7 @@ def parameter_groups(model: nn.Module, training: TrainingSettings) -> list[dict[
     """Optimiser groups `{"name", "params", "lr", "weight_decay"}`: `lora`, `norm`, `embed`, or `full`, `bias`, ….
 
     Norms and embeddings have rates of their own because in short runs an embedding trained at the adapter's rate
-    hurts (DESIGN section 4). Weight decay falls on matrices only, not on norms and biases (the Trainer's habit).
+    hurts (docs/experiments.md). Weight decay falls on matrices only, not on norms and biases (the Trainer's habit).
 
     Raises:
         UserError: a norm or embedding learning rate is set but none of these train.

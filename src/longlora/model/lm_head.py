@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
 from longlora.errors import UserError
-from longlora.memory_saving.liger_loss import liger_loss
+from longlora.model.memory_saving.liger_loss import liger_loss
 
 IGNORED = -100
 """Label of a token that is not scored (torch's and transformers' convention)."""

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from longlora.comparison.perplexity_lines import Line, groups, lines
-from longlora.comparison.subjects import Subject
+from longlora.report.comparison.perplexity_lines import Line, groups, lines
+from longlora.report.comparison.subjects import Subject
 from longlora.report.reading import PerplexityOf
 from longlora.report.results import MEASURES, RETRIEVALS, Evaluated
 from longlora.report.ways import alike

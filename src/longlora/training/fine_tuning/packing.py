@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from longlora.conversations import Example
+from longlora.corpus.conversations import Example
 from longlora.corpus.packing import IGNORED, best_fit_decreasing
 
 

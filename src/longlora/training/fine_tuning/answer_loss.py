@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from longlora.conversations import Example
+from longlora.corpus.conversations import Example
 from longlora.corpus.packing import IGNORED
 from longlora.errors import UserError
 from longlora.evaluation.perplexity import evaluating
-from longlora.losses import run_token_losses
+from longlora.model.lm_head import run_token_losses
 from longlora.progress import Progress
 
 
@@ -44,7 +44,7 @@ def answer_loss(
         progress: show on stderr how far it is.
 
     Raises:
-        UserError: the loss is not finite, or the model cannot be scored (`longlora.losses`).
+        UserError: the loss is not finite, or the model cannot be scored (`longlora.model.lm_head`).
     """
     device = next(model.parameters()).device
     nll, tokens = 0.0, 0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from longlora.conversations import ConversationFormat, Example
+from longlora.corpus.conversations import ConversationFormat, Example
 from longlora.errors import UserError
 from longlora.longqa.pair_files import read_pairs
 from longlora.longqa.pairs import Pair

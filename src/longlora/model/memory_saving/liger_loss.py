@@ -1,8 +1,8 @@
 """Cross-entropy fused with the LM head, by Liger's Triton kernel (arXiv 2410.10989): logits are computed once.
 
-The chunked loss of `longlora.losses` computes them twice, in the forward and in the backward pass; Liger computes the
-gradient with the loss. It cuts the tokens by the width of the model, so that for long rows its logits grow with them;
-here it gets as many tokens at a time as make its pieces `chunk` tokens long.
+The chunked loss of `longlora.model.lm_head` computes them twice, in the forward and the backward pass; Liger computes
+the gradient with the loss. It cuts the tokens by the width of the model, so that for long rows its logits grow with
+them; here it gets as many tokens at a time as make its pieces `chunk` tokens long.
 """
 
 import importlib.util

@@ -14,11 +14,20 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from longlora.adapters import add_adapters_from
 from longlora.attention.transformers_backend import use_shifted_attention
-from longlora.conversations import ConversationFormat, Example
+from longlora.corpus.conversations import ConversationFormat, Example
 from longlora.errors import UserError
-from longlora.extension import (
+from longlora.model.adapters import add_adapters_from
+from longlora.model.lm_head import unwrapped
+from longlora.model.loading import load, load_config, window
+from longlora.model.memory_saving.in_the_model import save_memory_in
+from longlora.model.positions import PositionExtension, extend_positions, original_context
+from longlora.model.source import ModelSource, locate
+from longlora.planner.choosing import MemoryNeed, choose_memory
+from longlora.report.page import write_report
+from longlora.run_directory import RunDirectory
+from longlora.settings import SftSettings, TrainableSettings
+from longlora.training.extension import (
     announce_trainable,
     flat,
     memory_facts,
@@ -26,19 +35,10 @@ from longlora.extension import (
     refuse_unknown_token,
     save_result,
 )
-from longlora.fine_tuning.answer_loss import answer_loss
-from longlora.fine_tuning.examples import hold_out, read_examples
-from longlora.fine_tuning.packing import PackedExamples, collate, pack_examples
-from longlora.losses import unwrapped
-from longlora.memory_saving.in_the_model import save_memory_in
-from longlora.model_source import ModelSource, locate
-from longlora.models import load, load_config, window
-from longlora.planner.choosing import MemoryNeed, choose_memory
-from longlora.positions import PositionExtension, extend_positions, original_context
-from longlora.report.page import write_report
-from longlora.run_directory import RunDirectory
-from longlora.settings import SftSettings, TrainableSettings
-from longlora.training import refuse_missing_trackers, train
+from longlora.training.fine_tuning.answer_loss import answer_loss
+from longlora.training.fine_tuning.examples import hold_out, read_examples
+from longlora.training.fine_tuning.packing import PackedExamples, collate, pack_examples
+from longlora.training.trainer import refuse_missing_trackers, train
 
 logger = logging.getLogger(__name__)
 

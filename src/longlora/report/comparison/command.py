@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from longlora.comparison.costs import costs
-from longlora.comparison.headline import conclusions, headline
-from longlora.comparison.missing import missing
-from longlora.comparison.perplexity_lines import perplexity
-from longlora.comparison.subjects import Subject, is_run, read_subjects
 from longlora.report.benchmark_sections import longppl, ruler, short
+from longlora.report.comparison.costs import costs
+from longlora.report.comparison.headline import conclusions, headline
+from longlora.report.comparison.missing import missing
+from longlora.report.comparison.perplexity_lines import perplexity
+from longlora.report.comparison.subjects import Subject, is_run, read_subjects
 from longlora.report.page import fill, write_page, write_report
 from longlora.report.retrieval_section import retrieval
 from longlora.settings import ReportSettings

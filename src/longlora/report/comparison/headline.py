@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from longlora.comparison.perplexity_lines import Line, groups, is_of_a_model, is_stretched, lines
-from longlora.comparison.subjects import Subject
 from longlora.report import wording
 from longlora.report.axes import drawable
 from longlora.report.benchmark_sections import effective_length
+from longlora.report.comparison.perplexity_lines import Line, groups, is_of_a_model, is_stretched, lines
+from longlora.report.comparison.subjects import Subject
 from longlora.report.results import Evaluated
 from longlora.report.retrieval_section import found_at
 from longlora.report.ways import alike

@@ -6,8 +6,8 @@ from transformers import PreTrainedConfig
 
 from longlora.attention.layout import Documents, plan, query_key_pairs
 from longlora.attention.patterns import Draw, layers_drawn
+from longlora.attention.schedule import attention_at
 from longlora.settings import AttentionSettings, PatternOptions, TrainingSettings
-from longlora.training import attention_at
 
 
 def attention_cost(

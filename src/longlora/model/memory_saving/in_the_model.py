@@ -5,8 +5,8 @@ import os
 import torch
 from transformers import PreTrainedModel
 
-from longlora.memory_saving.four_bit_base import quantise_base
-from longlora.memory_saving.tiled_mlp import tile_mlp
+from longlora.model.memory_saving.four_bit_base import quantise_base
+from longlora.model.memory_saving.tiled_mlp import tile_mlp
 from longlora.settings import MemorySettings
 
 
