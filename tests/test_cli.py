@@ -51,3 +51,11 @@ def test_out_of_memory_names_what_the_command_has(monkeypatch, capsys, words, wa
     monkeypatch.setitem(cli.COMMANDS, name, (cli.COMMANDS[name][0], "exhausted_command:run"))
     assert "out of memory (the process): " in (text := said(words, capsys))
     assert text.rstrip().endswith(ways)
+
+
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [("bench perplexity demo", "longlora eval perplexity"), ("bench memory demo --by fake", "longlora plan MODEL")],
+)
+def test_what_is_gone_says_what_there_is_instead(words, instead, capsys):
+    assert instead in said(words.split(), capsys)

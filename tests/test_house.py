@@ -101,7 +101,7 @@ def test_no_circle_of_imports_between_modules():
 ROOMS = {
     room: floor
     for floor, rooms in enumerate(
-        "errors logs|settings|progress run_directory|corpus|model|attention evaluation|planner report longqa|"
+        "errors logs tables|settings|progress run_directory|corpus|model|attention evaluation|planner report longqa|"
         "training chat|bench|demo|reproduction".split("|")
     )
     for room in rooms.split()

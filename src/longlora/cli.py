@@ -45,9 +45,14 @@ COMMANDS: dict[str, tuple[type[s.CommandSettings], str]] = {
     "bench attention": (s.BenchAttentionSettings, "longlora.bench:bench_attention"),
     "bench step": (s.BenchStepSettings, "longlora.bench.step:bench_step"),
     "bench memory": (s.BenchMemorySettings, "longlora.bench.memory:bench_memory"),
-    "bench perplexity": (s.BenchPerplexitySettings, "longlora.bench.perplexity:bench_perplexity"),
 }
 """Command words -> the dataclass they are parsed into, and `module:function` that runs it and returns its JSON."""
+
+GONE = {
+    "bench perplexity": "`longlora bench perplexity` is gone: `longlora eval perplexity` says what it will take.",
+    "bench memory --by": "bench memory takes real steps; `longlora plan MODEL --measure` counts tensors without data.",
+}
+"""What earlier versions had -> what there is instead."""
 
 _LARGE = ("device_batch", "context", "contexts", "length", "evaluation_batch", "loss_chunk", "kept_tokens")
 """Settings that take memory, where a command has them."""
@@ -100,6 +105,10 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
 
 
 def _command(argv: list[str]) -> tuple[str, list[str]]:
+    for was, now in GONE.items():
+        *command, last = was.split()
+        if argv[: len(command)] == command and (_value_of(last, argv) or argv[len(command) :][:1] == [last]):
+            raise UserError(now)
     for count in (2, 1):
         name = " ".join(argv[:count])
         if name in COMMANDS:

@@ -22,7 +22,7 @@ from longlora.attention.layout import Documents, plan, query_key_pairs
 from longlora.attention.shifted import shifted_attention
 from longlora.bench.correctness import MOST_POSITIONS, Attention, find_wrong
 from longlora.bench.machine import choose_device, free_bytes, hardware, now, peak_bytes
-from longlora.bench.table import table
+from longlora.bench.tables import attention_table
 from longlora.errors import UserError
 from longlora.progress import Progress
 from longlora.settings import ATTENTION_BACKENDS, AttentionSettings, BenchAttentionSettings
@@ -114,7 +114,7 @@ def bench_attention(settings: BenchAttentionSettings) -> dict[str, Any]:
         "results": [_measure(settings, key_heads, *case, device, backends) for case in lengths.items()],
     }
     if not settings.json:
-        print(table(document))
+        print(attention_table(document))
     return document
 
 

@@ -1,8 +1,8 @@
 """Is an attention pattern's result right? Its output and gradients against the definition, before its speed is told.
 
-The expected numbers are written out from the definition of the pattern (paper section 3.2, table 2), token by token
-who sees whom, in float64. That shares no code with `longlora.attention`, and holds no N x N scores: some two dozen
-query positions of every head are looked at.
+The expected numbers are attention and its gradients written out in float64 for some two dozen query positions of every
+head, so that no N x N scores are held. Who sees whom is the pattern's own partition of the row, which the tests hold
+against the paper's definitions; every kernel, layout and gradient is checked against it.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from longlora.attention.patterns import head_sets, partition
+from longlora.attention.patterns import Cut, head_sets, partition
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Query (B, H, N, D), key and value (B, Hkv, N, D) -> (B, H, N, D)."""
@@ -41,6 +41,8 @@ def find_wrong(
     """
     rows, length, heads, _ = inputs[0].shape
     key_heads = inputs[1].shape[2]
+    sets = head_sets(pattern, heads, key_heads, layer)
+    cuts = {head: each.cut for each in sets for head in range(each.query_start, each.query_stop)}
     at = _positions(length, group_size).to(gradient.device)
     weights = torch.zeros_like(gradient)
     weights[:, :, at] = gradient[:, :, at]
@@ -54,10 +56,7 @@ def find_wrong(
             k, v = (x[row, key_head].detach().double() for x in (key, value))
             key_sum, value_sum = torch.zeros_like(torch.stack([k, k])), torch.zeros_like(torch.stack([v, v]))
             for head in range(key_head * heads // key_heads, (key_head + 1) * heads // key_heads):
-                if pattern == "scatter":
-                    seen = _sees_scattered(head, heads, key_heads, layer, at, length, group_size)
-                else:
-                    seen = _sees(_cut_of_head(pattern, head, heads, key_heads, layer), at, length, group_size)
+                seen = _sees(cuts[head], at, length, group_size)
                 q, w = (x[row, head, at].detach().double() for x in (query, weights))
                 out, dq, dk, dv = _reference(q, k, v, w, seen)
                 spread = dq.new_zeros(2, length, dq.shape[2]).index_copy(1, at, dq)
@@ -82,54 +81,17 @@ def _positions(length: int, group_size: int) -> Tensor:
     return torch.tensor(sorted(i for i in edges | set(random) if i < length))
 
 
-def _cut_of_head(pattern: str, head: int, heads: int, key_heads: int, layer: int) -> str | int:
-    """How one query head cuts a row: a kind that `_sees` knows, or a dilation."""
-    key_head = head * key_heads // heads
-    upper = head >= heads // 2 if key_heads == 1 else key_head >= key_heads // 2
-    if pattern == "shift-layers":
-        return "shifted" if layer % 2 else "plain"
-    if pattern == "dilated":
-        return 1 + (4 * key_head // key_heads if key_heads >= 4 else 4 * head // heads)
-    if pattern in ("shift", "cyclic", "strided"):
-        return "plain" if not upper else "shifted" if pattern == "shift" else pattern
-    return pattern
-
-
-def _sees(cut: str | int, queries: Tensor, length: int, group_size: int) -> Tensor:
+def _sees(cut: Cut, queries: Tensor, length: int, group_size: int) -> Tensor:
     """(P, N) bool: which keys each of P query positions reads."""
-    i = torch.arange(length, device=queries.device)
-    order, half = i, group_size // 2
-    if cut == "full" or length <= group_size:
-        block = torch.zeros_like(i)
-    elif cut == "plain":
-        block = i // group_size
-    elif cut == "shifted":
-        block = (i + group_size - half) // group_size
-    elif cut == "strided":
-        block = i % math.ceil(length / group_size)
-    elif cut == "cyclic":
-        order = (i - half) % length
-        block = order // group_size
-    else:
-        block = i // (group_size * int(cut)) * int(cut) + i % int(cut)
-    return (block == block[queries, None]) & (order <= order[queries, None])
-
-
-def _sees_scattered(
-    head: int, heads: int, key_heads: int, layer: int, queries: Tensor, length: int, group_size: int
-) -> Tensor:
-    """As `_sees`, for `scatter`: the half-group itself, and what was drawn for it, which only the draw can tell."""
-    i = torch.arange(length, device=queries.device)
-    if length <= group_size:
-        return i <= queries[:, None]
-    block = i // (group_size // 2)
-    seen = (block == block[queries, None]) & (i <= queries[:, None])
-    sets = head_sets("scatter", heads, key_heads, layer)
-    (cut,) = {each.cut for each in sets if each.query_start <= head < each.query_stop}
-    for read in partition(cut, length, group_size).reads:
+    cuts = partition(cut, length, group_size)
+    token = torch.arange(length, device=queries.device)
+    place = token if cuts.order is None else cuts.order.to(token.device).argsort()
+    block = torch.arange(len(cuts.lengths)).repeat_interleave(torch.tensor(cuts.lengths)).to(token.device)[place]
+    seen = (block == block[queries, None]) & (place <= place[queries, None])
+    for read in cuts.reads:
         inside = (queries >= read.query_start) & (queries < read.query_stop)
         for start, stop in read.pieces:
-            seen |= inside[:, None] & (i >= start) & (i < stop)
+            seen |= inside[:, None] & (token >= start) & (token < stop)
     return seen
 
 

@@ -1,13 +1,12 @@
 """`longlora bench memory`: what training steps hold at their peak, by context and switch, beside the plan's prediction.
 
 Real steps are taken by Trainers (`longlora.bench.trainers`) and counted by PyTorch's allocator: on a GPU what CUDA's
-gives, on a CPU every allocation that the profiler records. Fake ones are `longlora.planner.measure`'s.
+gives, on a CPU every allocation that the profiler records. Where they do not fit, `longlora plan --measure` counts
+tensors without data.
 """
 
 import gc
-import sys
 import tempfile
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,16 +14,15 @@ from transformers import PreTrainedConfig
 
 from longlora.bench.machine import choose_device, free_bytes, hardware, peak_bytes
 from longlora.bench.step import read_config
-from longlora.bench.step_table import memory_table
+from longlora.bench.tables import memory_table
 from longlora.bench.trainers import make_ways, random_rows
 from longlora.errors import UserError
 from longlora.planner.anatomy import Anatomy
 from longlora.planner.layer_memory import Step
-from longlora.planner.measure import Trainee, measure
 from longlora.planner.memory import peak, step_memory
 from longlora.planner.reading import read_anatomy
 from longlora.progress import Progress
-from longlora.settings import BenchMemorySettings, PatternOptions
+from longlora.settings import BenchMemorySettings
 
 WARM_UP_TOKENS = 64
 """Of the step that makes AdamW's moments before the one that counts."""
@@ -37,7 +35,7 @@ def bench_memory(settings: BenchMemorySettings) -> dict[str, Any]:
     """Run `longlora bench memory`.
 
     Returns:
-        `{"hardware", "torch", "model", "layers", "of_layers", "dtype", "rows", "pattern", "by", "results": [{"context",
+        `{"hardware", "torch", "model", "layers", "of_layers", "dtype", "rows", "pattern", "results": [{"context",
         "way", "switches", "predicted_bytes", "measured_bytes", "ratio", "note"}]}`. `way` is `plain` (stock Trainer and
         PEFT, all logits), `full` or `s2`; `ratio` is predicted over measured; where nothing was measured, `note` says
         why. The plan knows no plain PEFT that keeps trained norms and embeddings in bfloat16: it takes them as float32.
@@ -46,7 +44,6 @@ def bench_memory(settings: BenchMemorySettings) -> dict[str, Any]:
         UserError: a model that is not there or has fewer layers, or nothing in it can train as asked.
     """
     device = choose_device("auto")
-    by = settings.by if settings.by != "auto" else "steps" if device.type == "cuda" else "fake"
     config, of_layers = read_config(settings)
     anatomy = read_anatomy(config, settings.trainable, settings.loading.trust_remote_code)
     cases = _cases(settings)
@@ -55,8 +52,8 @@ def bench_memory(settings: BenchMemorySettings) -> dict[str, Any]:
         for number, case in enumerate(cases):
             context, way, switches = case
             progress.show(number, f"{way} at {context:,} tokens, {len(switches)} switches")
-            predicted = predict(anatomy, settings, case, foreach=by == "steps" and device.type == "cuda")
-            measured, note = _measured(settings, config, case, by, device, predicted)
+            predicted = predict(anatomy, settings, case, foreach=device.type == "cuda")
+            measured, note = _measured(settings, config, case, device, predicted)
             results.append(
                 {
                     "context": context,
@@ -77,7 +74,6 @@ def bench_memory(settings: BenchMemorySettings) -> dict[str, Any]:
         "dtype": settings.dtype,
         "rows": settings.rows,
         "pattern": settings.attention.pattern,
-        "by": by,
         "results": results,
     }
     if not settings.json:
@@ -126,16 +122,14 @@ def _cases(settings: BenchMemorySettings) -> list[Case]:
 
 
 def _measured(
-    settings: BenchMemorySettings, config: PreTrainedConfig, case: Case, by: str, device: torch.device, predicted: int
+    settings: BenchMemorySettings, config: PreTrainedConfig, case: Case, device: torch.device, predicted: int
 ) -> tuple[int | None, str | None]:
     """Bytes at the peak, or None and why nothing was measured."""
-    if by == "fake" and case[1] == "plain":
-        return None, "no Trainer runs on fake tensors"
     free = free_bytes(device)
-    if by == "steps" and device.type == "cpu" and free is not None and predicted > free:
+    if device.type == "cpu" and free is not None and predicted > free:
         return None, f"{free / 1e9:.1f} GB are free"
     try:
-        return (_fake_bytes if by == "fake" else _step_bytes)(settings, config, case, device), None
+        return _step_bytes(settings, config, case, device), None
     except torch.OutOfMemoryError:
         return None, "out of memory"
     except UserError as error:
@@ -156,16 +150,3 @@ def _step_bytes(settings: BenchMemorySettings, config: PreTrainedConfig, case: C
         way.step(random_rows(config, settings.rows, min(WARM_UP_TOKENS, context), settings.seed))
         rows = random_rows(config, settings.rows, context, settings.seed)
         return way.standing_bytes() + peak_bytes(lambda: way.step(rows), device)
-
-
-def _fake_bytes(
-    settings: BenchMemorySettings, config: PreTrainedConfig, case: Case, _device: torch.device
-) -> int | None:
-    context, name, switches = case
-    step = settings.step(context, switches)
-    attention = settings.attention
-    if name == "full":
-        attention = replace(attention, pattern="full", options=PatternOptions())
-    trainee = Trainee(config, settings.trainable, step.training, attention, False, step.memory)
-    (result,) = measure(trainee, "fake", [context], sys.maxsize)
-    return result.bytes

@@ -19,7 +19,7 @@ from transformers import __version__ as transformers_version
 from longlora.attention.shifted import shifted_attention
 from longlora.bench.correctness import find_wrong
 from longlora.bench.machine import choose_device, free_bytes, hardware, peak_bytes
-from longlora.bench.step_table import step_table
+from longlora.bench.tables import step_table
 from longlora.bench.trainers import Rows, Taken, Way, make_ways, random_rows
 from longlora.errors import UserError
 from longlora.model.positions import extend_positions, present_context

@@ -3,7 +3,7 @@
 Nothing here imports anything heavy, so that `longlora --help` answers at once.
 """
 
-from longlora.settings.bench import BenchAttentionSettings, BenchPerplexitySettings
+from longlora.settings.bench import BenchAttentionSettings
 from longlora.settings.benchmarks import (
     EvaluateLongPerplexitySettings,
     EvaluateShortSettings,
@@ -59,7 +59,6 @@ from longlora.settings.retrieval import (
 )
 from longlora.settings.ruler import RULER_BAR, RulerSettings
 from longlora.settings.step_bench import (
-    MEASURED_BY,
     MEMORY_SWITCHES,
     STEP_DTYPES,
     STEP_WAYS,
@@ -77,7 +76,6 @@ __all__ = [
     "EXPORT_TYPES",
     "LOOPBACK",
     "LOSS_KERNELS",
-    "MEASURED_BY",
     "MEASURES",
     "MEMORY",
     "MEMORY_SWITCHES",
@@ -98,7 +96,6 @@ __all__ = [
     "AttentionSettings",
     "BenchAttentionSettings",
     "BenchMemorySettings",
-    "BenchPerplexitySettings",
     "BenchStepSettings",
     "BuildLongQASettings",
     "ChatSettings",

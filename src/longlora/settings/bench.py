@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-import tyro
-
 from longlora.errors import check_choice
 from longlora.settings.fields import DTYPES, CommandSettings, Names, Tokens, at_least, choice
-from longlora.settings.model import ATTENTION_BACKENDS, PATTERNS, CorpusSettings
+from longlora.settings.model import ATTENTION_BACKENDS, PATTERNS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,35 +56,3 @@ class BenchAttentionSettings(CommandSettings):
         check_choice("--pattern", self.pattern, PATTERNS)
         for backend in self.backends:
             check_choice("--backends", backend, ATTENTION_BACKENDS[1:])
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchPerplexitySettings(CommandSettings):
-    """Time sliding-window perplexity against computing every window's full logits, in one process, alternating."""
-
-    model: tyro.conf.Positional[str] = "demo"
-    """`demo`, a hub id, a folder, a .gguf file, a run directory, or an adapter folder; stretched by YaRN if need be."""
-
-    corpus: CorpusSettings = CorpusSettings(data=("stdlib",))
-
-    context: int = 4096
-    """Window length, in tokens."""
-
-    stride: int = 256
-    """Tokens the window slides by."""
-
-    windows: int = 8
-    """Windows of one document."""
-
-    dtype: Annotated[str, choice(DTYPES)] = "auto"
-    """Arithmetic of the weights; `auto` keeps the checkpoint's own."""
-
-    repeats: int = 3
-    """Timed rounds after one warm-up; medians are reported."""
-
-    def __post_init__(self) -> None:
-        at_least("context", self.context, 2, "tokens")
-        at_least("stride", self.stride, 1, "tokens")
-        at_least("windows", self.windows, 1)
-        at_least("repeats", self.repeats, 1)
-        check_choice("--dtype", self.dtype, DTYPES)

@@ -19,8 +19,6 @@ STEP_DTYPES = ("float32", "bfloat16")
 MEMORY_SWITCHES = ("gradient_checkpointing", "tiled_mlp", "offload_activations", "offload_optimizer", "base_bits")
 """In the order of the plan's ladder."""
 
-MEASURED_BY = ("auto", "steps", "fake")
-
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredStepSettings(CommandSettings):
@@ -127,10 +125,6 @@ class BenchMemorySettings(MeasuredStepSettings):
     switches: Names = MEMORY_SWITCHES
     """Switches to turn on one after the other, each beside those before it; the loss is in chunks from the first."""
 
-    by: Annotated[str, choice(MEASURED_BY)] = "auto"
-    """`steps` takes real steps and counts what PyTorch's allocator gives; `fake` counts PyTorch's fake tensors, which
-    hold no data, and has no plain Trainer; `auto` takes real steps on a GPU, else fake ones."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.switches:
@@ -143,7 +137,6 @@ class BenchMemorySettings(MeasuredStepSettings):
                 "--switches names offload_activations before gradient_checkpointing, whose saved activations it moves: "
                 "name that first."
             )
-        check_choice("--by", self.by, MEASURED_BY)
 
     def ladder(self) -> list[tuple[str, ...]]:
         """No switch, then one more at a time."""
