@@ -2,6 +2,7 @@
 
 import pickle
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from longlora.corpus.packing import PackedRows, describe, pack
 from longlora.corpus.skipping import skipped_positions
 from longlora.corpus.tokens import TokenizedCorpus
 from longlora.errors import UserError
+from longlora.settings import CorpusSettings
 
 
 def corpus_of(lengths: list[int]) -> TokenizedCorpus:
@@ -222,6 +224,49 @@ def test_long_documents_stand_first(lengths, context, seed, packing):
         assert "only" not in kinds[only:]
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=LENGTHS,
+    context=CONTEXT,
+    seed=SEED,
+    packing=st.sampled_from(["concatenate", "isolate"]),
+    long_share=st.sampled_from([0.25, 0.5, 0.6, 0.9]),
+    by_source=st.booleans(),
+)
+def test_a_mix_keeps_its_shares_at_every_row(lengths, context, seed, packing, long_share, by_source):
+    corpus = corpus_of(lengths)
+    kinds = ["a" if number % 3 else "ab" for number in range(len(lengths))]  # one source's name begins the other's
+    corpus = replace(corpus, names=[f"{kind}/{number}" for number, kind in enumerate(kinds)])
+    first, second = ("a", "ab") if by_source else ("long", "short")
+    if not by_source:
+        kinds = ["long" if length >= context else "short" for length in lengths]
+    chosen = {kind: [n for n, each in enumerate(kinds) if each == kind] for kind in (first, second)}
+    alone = {
+        kind: or_none(corpus, context=context, packing=packing, seed=seed, documents=np.array(of_kind, dtype=np.int64))
+        for kind, of_kind in chosen.items()
+    }
+    shares = {first: long_share, second: 1 - long_share}
+    mixed = or_none(corpus, context=context, packing=packing, seed=seed, mix=shares)
+    if None in alone.values():
+        assert mixed is None
+        return
+    seen: list[str] = []
+    for row in plain(mixed):
+        tokens = [t for t, real in zip(row["input_ids"], row.get("attention_mask", [1] * context), strict=True) if real]
+        (kind,) = {kinds[document_of(corpus, token)] for token in tokens}
+        seen.append(kind)
+        assert abs(seen.count(first) - long_share * len(seen)) <= 1
+    counts = {kind: len(rows) for kind, rows in alone.items()}
+    assert all(seen.count(kind) <= counts[kind] for kind in counts)
+    # as many rows as the shares allow: the one that runs out is used up but for what half a row's rounding leaves
+    assert any(seen.count(kind) >= counts[kind] - 1 for kind in counts)
+    every = [
+        token for row in plain(mixed) for token, label in zip(row["input_ids"], row["labels"], strict=True) if token
+    ]
+    assert len(every) == len(set(every))
+    assert mixed.dropped_tokens == sum(lengths) - int(mixed.lengths.sum()) or packing == "concatenate"
+
+
 @pytest.mark.parametrize("packing", ["concatenate", "isolate"])
 def test_rows_are_shuffled_by_the_seed_alone(packing):
     corpus = corpus_of(list(range(1, 60)))
@@ -269,6 +314,7 @@ def test_describe():
         ([0], {"context": 8}, ["0 tokens"]),
         ([1, 1], {"context": 8, "packing": "isolate"}, ["2 tokens in 2 documents"]),
         ([3, 9], {"context": 10, "prefer_long": True}, ["--prefer-long", "10 tokens", "has 9"]),
+        ([9, 8], {"context": 8, "mix": {"long": 0.5, "short": 0.5}}, ["50%", "'short'", "8 tokens", "--data"]),
         ([9], {"context": 1}, ["--context is 1"]),
         ([9], {"context": 4, "packing": "isolated"}, ["--packing", "Did you mean 'isolate'?"]),
     ],
@@ -277,6 +323,25 @@ def test_mistakes(lengths, options, words):
     with pytest.raises(UserError) as caught:
         pack(corpus_of(lengths), **options)
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("mix", "words"),
+    [
+        (("long=0.6", "other=0.4"), ["long, other", "books, web"]),
+        (("long",), ["'long'", "NAME=SHARE"]),
+        (("long=0", "short=1"), ["'long=0'", "above 0"]),
+        (("long=nan", "short=1"), ["'long=nan'"]),
+        (("long=1", "long=2"), ["once"]),
+        (("books=1",), ["books, web"]),
+    ],
+)
+def test_mistakes_in_a_mix(mix, words):
+    with pytest.raises(UserError) as caught:
+        CorpusSettings(data=("books", "web"), mix=mix)
+    assert [word for word in words if word not in str(caught.value)] == []
+    with pytest.raises(UserError, match="--prefer-long"):
+        CorpusSettings(data=("books",), mix=("long=1", "short=1"), prefer_long=True)
 
 
 def test_rows_are_a_dataset():

@@ -2,6 +2,8 @@
 
 import logging
 from bisect import bisect_left, insort
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -98,6 +100,7 @@ def pack(
     context: int,
     packing: str = "concatenate",
     prefer_long: bool = False,
+    mix: Mapping[str, float] | None = None,
     seed: int = 0,
     documents: np.ndarray | None = None,
 ) -> PackedRows:
@@ -124,9 +127,13 @@ def pack(
     `prefer_long` the rows made of documents of at least `context` tokens stand first and the others follow, each part
     shuffled by itself: then the rows must be read in order for the preference to have an effect.
 
+    `mix` gives shares of the rows, by `long` and `short` documents (of at least `context` tokens, and the others) or by
+    source (the beginning of a document's name): each kind is packed by itself, and its rows are spread evenly, so that
+    rows read in order keep the shares at every step. Rows are dropped from where one of the kinds runs out.
+
     Raises:
         UserError: `context` or `packing` is not allowed, there are too few tokens for a row, or `prefer_long` is
-            asked for and no document has `context` tokens.
+            asked for and no document has `context` tokens, or a kind of `mix` has no row.
     """
     check_choice("--packing", packing, PACKINGS)
     if context < 2:
@@ -139,10 +146,15 @@ def pack(
             f"--prefer-long has no effect: none of the {len(order):,} documents has {context:,} tokens, "
             f"the longest has {lengths.max(initial=0):,}. Leave it out, or give longer documents."
         )
-    parts = [order[is_long], order[~is_long]] if prefer_long else [order]
-    rows = (_isolate if packing == "isolate" else _concatenate)(
-        corpus, context, parts, np.random.default_rng([seed, 1])
-    )
+    rows_of = partial(_isolate if packing == "isolate" else _concatenate, corpus, context)
+    generator = np.random.default_rng([seed, 1])
+    if mix:
+        kinds = (
+            {"long": is_long, "short": ~is_long} if set(mix) == {"long", "short"} else _by_source(corpus, order, mix)
+        )
+        rows = _spread({name: rows_of([order[kinds[name]]], generator) for name in mix}, mix)
+    else:
+        rows = rows_of([order[is_long], order[~is_long]] if prefer_long else [order], generator)
     facts = describe(rows)
     if not len(rows):
         raise UserError(
@@ -218,6 +230,41 @@ def _isolate(
     bounds = np.searchsorted(row[by_row], np.arange(rows + 1))
     document_lengths = np.diff(corpus.offsets)[np.concatenate(parts)]
     return PackedRows(corpus, context, True, segment_starts, segment_lengths, bounds, document_lengths)
+
+
+def _by_source(corpus: TokenizedCorpus, order: np.ndarray, sources: Iterable[str]) -> dict[str, np.ndarray]:
+    """For each of `sources`, which of the documents `order` it holds: the longest source that begins their name."""
+    longest_first = sorted(sources, key=len, reverse=True)
+    found = np.array([next((s for s in longest_first if corpus.names[i].startswith(s)), "") for i in order.tolist()])
+    return {source: found == source for source in longest_first}
+
+
+def _spread(kinds: Mapping[str, PackedRows], shares: Mapping[str, float]) -> PackedRows:
+    """The rows of several kinds, each spread evenly over the whole, as many as keep the shares.
+
+    Row j of a kind with share s is due at (j + 1/2) / s: up to any time t about s · t rows of it are due.
+    """
+    for name, rows in kinds.items():
+        if not len(rows):
+            raise UserError(
+                f"--mix wants {shares[name]:.0%} of the rows from '{name}', and its documents fill no row of "
+                f"{rows.context:,} tokens: give more of them with --data, or a smaller --context."
+            )
+    parts = list(kinds.values())
+    due = np.concatenate([(np.arange(len(rows)) + 0.5) / shares[name] for name, rows in kinds.items()])
+    first_runs_out = min(len(rows) / shares[name] for name, rows in kinds.items())
+    order = np.argsort(due, kind="stable")
+    row_lengths = np.concatenate([np.diff(rows.bounds) for rows in parts])
+    segments, bounds = _reorder(np.append(0, np.cumsum(row_lengths)), order[due[order] < first_runs_out])
+    return PackedRows(
+        parts[0].corpus,
+        parts[0].context,
+        parts[0].isolated,
+        np.concatenate([rows.starts for rows in parts])[segments],
+        np.concatenate([rows.lengths for rows in parts])[segments],
+        bounds,
+        np.concatenate([rows.document_lengths for rows in parts]),
+    )
 
 
 def _pieces(corpus: TokenizedCorpus, documents: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:

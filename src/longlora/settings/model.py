@@ -1,10 +1,11 @@
 """How positions are stretched, how attention trains, and which documents are read."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Annotated
 
 from longlora.errors import UserError, check_choice
-from longlora.settings.fields import Tokens, at_least, choice
+from longlora.settings.fields import Names, Tokens, at_least, choice
 
 PATTERNS = ("shift", "shift-layers", "plain", "shifted", "cyclic", "dilated", "strided", "scatter", "full")
 CONTIGUOUS = ("shift", "shift-layers", "plain", "shifted", "scatter")
@@ -158,6 +159,11 @@ class CorpusSettings:
     prefer_long: bool = False
     """Train first on documents of at least `context` tokens; shorter ones follow when those run out."""
 
+    mix: Names = ()
+    """Shares of the training rows by kind of document: `long=0.6,short=0.4` (documents of at least a row's tokens, and
+    the others; ProLong, arXiv 2410.02660, found 60% long best), or by source as named in `data`,
+    `books/=0.7,hub:NAME=0.3`. Training ends an epoch where one of them runs out. Default: as the data comes."""
+
     max_tokens: int | None = None
     """Stop reading after this many tokens; for streamed corpora that never end."""
 
@@ -166,5 +172,43 @@ class CorpusSettings:
 
     def __post_init__(self) -> None:
         check_choice("--packing", self.packing, PACKINGS)
+        if self.mix and self.prefer_long:
+            raise UserError("--mix and --prefer-long both say which documents come first: leave one of them out.")
+        if self.mix:
+            self.shares()
         if self.max_tokens is not None:
             at_least("max-tokens", self.max_tokens, 1, "tokens")
+
+    @property
+    def in_order(self) -> bool:
+        """Whether rows are read in the order they are packed in, since that order is meant."""
+        return self.prefer_long or bool(self.mix)
+
+    def shares(self) -> dict[str, float]:
+        """`mix` as shares that sum to 1, by kind (`long`, `short`) or by source.
+
+        >>> CorpusSettings(mix=("long=3", "short=1")).shares()
+        {'long': 0.75, 'short': 0.25}
+
+        Raises:
+            UserError: a part is no NAME=SHARE, a name is no kind or no source of `data`, or a share is not above 0.
+        """
+        shares: dict[str, float] = {}
+        for part in self.mix:
+            name, separator, share = part.rpartition("=")
+            try:
+                shares[name] = float(share)
+            except ValueError:
+                separator = ""
+            if not separator or not 0 < shares[name] < math.inf:
+                raise UserError(f"--mix has '{part}': give NAME=SHARE with a share above 0, as in long=0.6,short=0.4.")
+        if len(shares) < len(self.mix):
+            raise UserError(f"--mix is '{','.join(self.mix)}': each name may stand there once.")
+        kinds = {"long", "short"}
+        if set(shares) != kinds and set(shares) != set(self.data):
+            raise UserError(
+                f"--mix names {', '.join(shares)}: name long and short, or every source of --data as it is named there"
+                f"{' (' + ', '.join(self.data) + ')' if self.data else ''}."
+            )
+        total = sum(shares.values())
+        return {name: share / total for name, share in shares.items()}

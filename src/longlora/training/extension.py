@@ -113,7 +113,7 @@ def train_extension(
         settings.attention,
         run,
         held_out_loss=document_loss(long, settings.positions.tokens_per_row) if long else None,
-        in_order=settings.corpus.prefer_long,
+        in_order=settings.corpus.in_order,
         memory=settings.memory,
     )
     save_result(trainee, tokenizer, run, context)
@@ -170,6 +170,7 @@ def prepare_data(settings: ExtendSettings, tokenizer: PreTrainedTokenizerBase, m
         context=settings.positions.tokens_per_row,
         packing=corpus.packing,
         prefer_long=corpus.prefer_long,
+        mix=corpus.shares() if corpus.mix else None,
         seed=settings.training.seed,
     )
     if settings.positions.row_tokens is not None:
