@@ -1,5 +1,6 @@
 """What the command line says of mistakes that no single command owns."""
 
+import re
 import sys
 
 import pytest
@@ -18,9 +19,12 @@ def said(words, capsys):
 @pytest.mark.parametrize(
     ("key", "sentence"),
     [
-        ("prompt_format", "unknown key 'prompt_format'. It is a setting of `longlora sft`. `longlora COMMAND --help`"),
-        ("contxt", "unknown key 'contxt'. Did you mean 'context'? `longlora COMMAND --help` lists"),
-        ("qqqqq", "unknown key 'qqqqq'. `longlora COMMAND --help` lists"),
+        (
+            "prompt_format",
+            "unknown key 'prompt_format'. It is a setting of `longlora sft`. `longlora COMMAND --help-all`",
+        ),
+        ("contxt", "unknown key 'contxt'. Did you mean 'context'? `longlora COMMAND --help-all` lists"),
+        ("qqqqq", "unknown key 'qqqqq'. `longlora COMMAND --help-all` lists"),
     ],
 )
 def test_a_key_that_a_command_does_not_have(tmp_path, capsys, key, sentence):
@@ -59,3 +63,43 @@ def test_out_of_memory_names_what_the_command_has(monkeypatch, capsys, words, wa
 )
 def test_what_is_gone_says_what_there_is_instead(words, instead, capsys):
     assert instead in said(words.split(), capsys)
+
+
+def help_of(name, capsys, flag="--help"):
+    with pytest.raises(SystemExit) as stop:
+        main([*name.split(), flag])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_option_is_explained(name, capsys):
+    page = help_of(name, capsys, "--help-all")
+    entries = {
+        re.sub(r"\[no-\]", "", entry.split()[0]): len(entry.split()) for entry in re.split(r"\n(?=  \S)", page)[1:]
+    }
+    missing = [
+        field
+        for field in cli._fields(cli.COMMANDS[name][0])
+        if entries.get("--" + field.replace("_", "-"), 0) < 4 and field not in ("model", "models", "file", "name")
+    ]
+    assert missing == []
+    assert not re.search(r"\b(STR|INT|FLOAT)\b|None\}|`\w+Settings`", page)
+    assert all(len(line) <= 110 or line.lstrip().startswith("--") for line in page.splitlines())
+
+
+@pytest.mark.parametrize("name", ["extend", "sft", "plan", "bench step"])
+def test_help_shows_the_dozen_that_most_people_need(name, capsys):
+    short, everything = help_of(name, capsys), help_of(name, capsys, "--help-all")
+    flags = re.findall(r"^  (--\S+)", short, re.MULTILINE)
+    assert 10 <= len(flags) <= 16
+    assert set(flags) < set(re.findall(r"^  (--\S+)", everything, re.MULTILINE))
+    assert "--help-all" in short
+    assert len(short.splitlines()) < 60
+
+
+def test_a_default_is_said_once(capsys):
+    page = " ".join(help_of("extend", capsys, "--help-all").split())
+    assert "what trains is kept in float32. Default: bfloat16." in page
+    assert "Tokens a group; default a quarter of the context (paper section 4.1, table 11). --final" in page
+    assert "--[no-]gradient-checkpointing Recompute" in page

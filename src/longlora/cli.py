@@ -18,6 +18,7 @@ import yaml
 
 from longlora import settings as s
 from longlora.errors import UserError, check_choice, nearest
+from longlora.help_page import help_page
 from longlora.logs import quiet_libraries
 
 COMMANDS: dict[str, tuple[type[s.CommandSettings], str]] = {
@@ -95,6 +96,9 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
     """
     name, rest = _command(list(argv))
     kind = COMMANDS[name][0]
+    if asked := {"-h", "--help", "--help-all"}.intersection(rest):
+        print(help_page(name, kind, everything="--help-all" in asked))
+        raise SystemExit(0)
     return name, tyro.cli(
         kind,
         args=_with_recipe(kind, rest),
@@ -141,7 +145,7 @@ def _overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
     for name in names:
         first_sentence = (COMMANDS[name][0].__doc__ or "").splitlines()[0]
         lines.append(f"  {name:<{width}}  {first_sentence}")
-    lines += ["", "`longlora COMMAND --help` lists a command's options; `longlora demo` shows the whole way at once."]
+    lines += ["", "`longlora COMMAND --help` shows a command's options; `longlora demo` shows the whole way at once."]
     return "\n".join(lines)
 
 
@@ -189,7 +193,7 @@ def _flags_of(kind: type[s.CommandSettings], path: str) -> tuple[list[str], list
         if name not in fields or name in ("config", "recipe", "json"):
             others = [command for command, (other, _) in COMMANDS.items() if name in _fields(other)]
             hint = f"It is a setting of `longlora {others[0]}`." if others else nearest(name, fields)
-            parts = (f"--config {path}: unknown key '{key}'.", hint, "`longlora COMMAND --help` lists the names.")
+            parts = (f"--config {path}: unknown key '{key}'.", hint, "`longlora COMMAND --help-all` lists the names.")
             raise UserError(" ".join(filter(None, parts)))
         if value is None:
             continue

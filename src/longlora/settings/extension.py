@@ -1,7 +1,7 @@
 """Knobs of `longlora extend`, `merge` and `demo`. "Paper" is LongLoRA, arXiv 2309.12307."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -118,7 +118,7 @@ class OptimisationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(OptimisationSettings):
-    """`OptimisationSettings` for so many steps."""
+    """How long it trains and how it learns, by default the paper's recipe (section 4.1 and appendix B.2)."""
 
     steps: int = 1000
     """Optimiser steps (paper section 4.1)."""
@@ -131,6 +131,10 @@ class TrainingSettings(OptimisationSettings):
 @dataclass(frozen=True, kw_only=True)
 class ExtendSettings(CommandSettings):
     """Give MODEL a longer context: stretch its positions, train with S2-Attn on long documents, measure."""
+
+    everyday: ClassVar = tuple(
+        "output data context recipe evaluation_data method train mix steps batch lr memory resume config json".split()
+    )
 
     model: tyro.conf.Positional[str]
     """`demo`, a hub id, a folder, a .gguf file, a run directory, or an adapter folder."""

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -51,6 +51,10 @@ class FineTuningSettings(OptimisationSettings):
 @dataclass(frozen=True, kw_only=True)
 class SftSettings(CommandSettings):
     """Fine-tune MODEL on questions about long documents, with loss on the answers, and extend its window if asked."""
+
+    everyday: ClassVar = tuple(
+        "output data context evaluation_data method train epochs batch lr memory resume config json".split()
+    )
 
     model: tyro.conf.Positional[str]
     """`demo`, a hub id, a folder, a .gguf file, or a run directory or adapter folder: its adapter goes on training."""

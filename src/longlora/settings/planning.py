@@ -1,7 +1,7 @@
 """Knobs of `longlora plan`."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -36,6 +36,10 @@ class PlanSettings(CommandSettings):
 
     Takes what `longlora extend` takes, so that a recipe can be planned as it stands (`--config`).
     """
+
+    everyday: ClassVar = tuple(
+        "context device gpus shard method train steps batch memory measure data evaluation_data config json".split()
+    )
 
     model: tyro.conf.Positional[str]
     """A built-in shape (`llama2-7b`, `llama3-8b`, `qwen3-8b`, `smollm2-135m`, …), `demo`, a hub id, a folder, a .gguf

@@ -1,7 +1,7 @@
 """Knobs of `longlora bench step` and `longlora bench memory`: what the training step that they measure is like."""
 
 from dataclasses import dataclass, fields
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -80,6 +80,10 @@ class BenchStepSettings(MeasuredStepSettings):
     """Recompute activations in the backward pass, in every way to take the step."""
 
     memory: MemorySettings = MemorySettings()
+
+    everyday: ClassVar = tuple(
+        "context layers rows pattern group_size train dtype memory ways repeats device config json".split()
+    )
 
     ways: Names = STEP_WAYS
     """Which of s2, full and plain to time, in turn; our result is checked against plain's in any case."""
