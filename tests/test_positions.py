@@ -350,6 +350,22 @@ ARRIVALS = {
         8192,
         131072,
     ),
+    "Llama 3.2": (
+        "llama",
+        {
+            "max_position_embeddings": 131072,
+            "rope_theta": 500000.0,
+            "rope_scaling": {
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+        },
+        4096,  # 131072 / 32: its slow frequencies have been divided by more than its window has grown
+        131072,
+    ),
     "Qwen2.5 as its README has it": (
         "qwen2",
         {
@@ -382,7 +398,7 @@ ARRIVALS = {
                 "long_factor": [1.1, 1.2, 1.6, 3.0, 14.0, 40.0, 60.0, 64.0],
             },
         },
-        4096,
+        2048,  # 131072 / 64, the largest divisor: not the 4096 that it declares
         131072,
     ),
     "the original LongLoRA": (
@@ -440,6 +456,8 @@ def test_models_that_arrive_extended(arrival, method):
     context = 4 * present
     report = extend_positions(config, context, method)
     assert (report.changed, report.factor) == (True, context / original)
+    if method == "none":  # the window has grown under unchanged divisors: up to what the config declares
+        original = {"Phi-3-mini-128k": 4096, "Llama 3.2": 8192}.get(arrival, original)
     assert (original_context(config), present_context(config)) == (original, context)
     if method == "ntk":
         d = ROTARY_DIMENSION.get(name, 16)
@@ -451,6 +469,44 @@ def test_models_that_arrive_extended(arrival, method):
     elif rope["rope_type"] == method:
         for kept in ("truncate", "mscale", "mscale_all_dim", "low_freq_factor", "short_factor"):
             assert rope_of(config).get(kept) == rope.get(kept)
+
+
+def frequencies_at(config: PreTrainedConfig, length: int) -> np.ndarray:
+    """What transformers turns the heads by in a row of `length` tokens (a model would round them to float32 too)."""
+    rope = rope_of(config)
+    layer = "full_attention" if rope is not config.rope_parameters else None
+    if rope["rope_type"] == "default":
+        return plain_frequencies(16, rope["rope_theta"])
+    compute = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[rope["rope_type"]]
+    return compute(config, "cpu", seq_len=length, layer_type=layer)[0].double().numpy()
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "none"])
+@pytest.mark.parametrize("arrival", [*ARRIVALS, *(f"by {method}" for method in METHODS)])
+def test_no_slow_frequency_turns_further_than_it_was_trained_to(arrival, method):
+    """Whatever a model was stretched by before: the largest angle of each frequency, length times frequency."""
+    if arrival in ARRIVALS:
+        name, written, _, present = ARRIVALS[arrival]
+        config = small_config(name, **copy.deepcopy(written))
+    else:
+        name, present = "llama", 8192
+        config = small_config("llama", max_position_embeddings=2048)
+        extend_positions(config, present, arrival.removeprefix("by "))
+    skip_inexpressible(name, method)
+    trained = present * frequencies_at(config, present)
+    if rope_of(config)["rope_type"] == "dynamic":  # whose angles are largest at the end of the first window
+        first_window = config.max_position_embeddings
+        trained = np.maximum(trained, first_window * frequencies_at(config, first_window))
+    for context in (2 * present, 8 * present):
+        stretched = copy.deepcopy(config)
+        extend_positions(stretched, context, method)
+        angles = context * frequencies_at(stretched, context)
+        first = 0 if method == "linear" else len(angles) - 1  # ntk's interpolates fully at the slowest alone
+        if method in ("yarn", "llama3", "longrope"):  # which do where less than a turn fits in the first window
+            turns = original_context(config) * plain_frequencies(16, rope_of(stretched)["rope_theta"]) / (2 * math.pi)
+            first = int((turns >= 1).sum())
+        assert first < len(angles)
+        assert (angles <= trained * (1 + 1e-5))[first:].all(), angles / trained
 
 
 def test_none_leaves_the_frequencies_of_a_model_that_takes_its_factor_from_the_window():

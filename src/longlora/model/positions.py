@@ -1,21 +1,11 @@
 """Longer rotary positions: RoPE extension written into a model's config, so that any library that reads it agrees.
 
 A method is data: the `rope_parameters` of transformers, which vLLM and llama.cpp's converter read too. One rule:
-the factor is context / *original* window, whatever was done to the model in between, so 4k -> 8k -> 32k is x8. Two more
-keys, which those libraries ignore, keep what the first may lose: `original_max_position_embeddings` and
-`original_rope_theta`.
-
-What a config says about its windows (as vLLM reads it in `vllm/config/model.py`; max = `max_position_embeddings`,
-original = `original_max_position_embeddings` of the config or of `rope_parameters`):
-
-| rope_type                        | original window             | present window                  |
-|----------------------------------|-----------------------------|---------------------------------|
-| default, llama3, longrope        | original, else max          | max                             |
-| yarn, linear, dynamic            | original, else max          | original * factor, at least max |
-| linear, layer by layer (Gemma 3) | original, else max / factor | max                             |
+the factor is context / *original* window (`longlora.model.rope`), whatever was done to the model in between, so 4k ->
+8k -> 32k is x8. Two more keys, which those libraries ignore, keep what the first may lose:
+`original_max_position_embeddings` and `original_rope_theta`.
 """
 
-import copy
 import logging
 import sys
 from dataclasses import dataclass
@@ -27,14 +17,26 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from longlora.errors import UserError, check_choice
+from longlora.model.rope import (
+    RopeParameters,
+    accepts,
+    declared_context,
+    divisors_of,
+    fixed_divisors,
+    frequency_divisors,
+    global_rope,
+    name_head_dimension,
+    original_context,
+    present_context,
+    rotary_dimension,
+    text_config,
+    write_rope,
+)
 from longlora.settings import METHODS
 
+__all__ = ["PositionExtension", "extend_positions", "frequency_divisors", "original_context", "present_context"]
+
 logger = logging.getLogger(__name__)
-
-RopeParameters = dict[str, Any]
-
-GLOBAL_LAYERS = "full_attention"
-"""The one entry of layer-by-layer `rope_parameters` that sees the whole context; the others keep their RoPE."""
 
 SHAPE_PARAMETERS = {
     "yarn": ("beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim"),
@@ -107,7 +109,7 @@ def extend_positions(
     if not isinstance(context, int) or context < 2:
         raise UserError(f"context is {context!r}: it must be a whole number of tokens, at least 2.")
     model = config_or_model if isinstance(config_or_model, nn.Module) else None
-    config = _text_config(config_or_model)
+    config = text_config(config_or_model)
     _check_parameters(method, parameters)
     rotary = _rotary_modules(model, config) if model is not None else []
 
@@ -120,13 +122,13 @@ def extend_positions(
         logger.warning(message)
         return PositionExtension(method, original, previous, previous, previous / original, False, message)
 
-    theta = getattr(config, "original_rope_theta", _global_rope(config)["rope_theta"])
+    theta = getattr(config, "original_rope_theta", global_rope(config)["rope_theta"])
     stretched = _stretch(config, method, context, parameters)
-    _write(config, stretched)
+    write_rope(config, stretched)
     config.max_position_embeddings = original if method == "dynamic" else context
-    config.original_max_position_embeddings = original
+    config.original_max_position_embeddings = stretched.get("original_max_position_embeddings", original)
     config.original_rope_theta = theta
-    _name_head_dimension(config)
+    name_head_dimension(config)
     for module in rotary:
         _rebuild(module, config)
     if model is not None:
@@ -136,106 +138,6 @@ def extend_positions(
     message = f"window {previous} -> {context} tokens with {method}, {factor:g} times the original {original}."
     logger.info(message)
     return PositionExtension(method, original, previous, context, factor, True, message)
-
-
-def original_context(config: PreTrainedConfig) -> int:
-    """The window in tokens before any extension, as far as the config tells (the table at the top of this file).
-
-    An extended config from elsewhere that hides it (a `linear` one whose `max_position_embeddings` is the extended
-    window) is read rightly once its `original_max_position_embeddings` is set.
-
-    Raises:
-        UserError: the config has no rotary positions or no `max_position_embeddings`.
-    """
-    config = _text_config(config)
-    rope, window = _global_rope(config), _window(config)
-    # transformers, too, prefers the config's own key to the one inside rope_parameters (standardize_rope_params).
-    declared = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
-    if declared is None and _is_layered(config.rope_parameters) and rope["rope_type"] == "linear":
-        return round(window / rope["factor"])
-    # Phi-3 configs always have the key, even with a shorter window.
-    return min(declared or window, window)
-
-
-def present_context(config: PreTrainedConfig) -> int:
-    """The window in tokens that the config declares now, extended or not (the table at the top of this file).
-
-    Raises:
-        UserError: the config has no rotary positions or no `max_position_embeddings`.
-    """
-    config = _text_config(config)
-    rope, window = _global_rope(config), _window(config)
-    if rope["rope_type"] in ("yarn", "linear", "dynamic") and rope.get("factor"):
-        return max(window, round(original_context(config) * rope["factor"]))
-    return window
-
-
-def frequency_divisors(config: PreTrainedConfig) -> tuple[list[float], float]:
-    """What the positions of `config` divide each of the d/2 plain rotary frequencies by, and their attention factor.
-
-    Of positions that change with the length of the input, those beyond the original window.
-
-    Raises:
-        UserError: the config has no rotary positions.
-    """
-    config = _text_config(config)
-    rope = _global_rope(config)
-    if rope["rope_type"] == "default":
-        rope |= {"rope_type": "linear", "factor": 1.0}
-    if rope.get("factor") is None:
-        rope["factor"] = present_context(config) / original_context(config)
-    return _divisors(config, rope)
-
-
-def _text_config(config_or_model: PreTrainedConfig | nn.Module) -> PreTrainedConfig:
-    config: Any = config_or_model.config if isinstance(config_or_model, nn.Module) else config_or_model
-    return config.get_text_config(decoder=True)
-
-
-def _window(config: PreTrainedConfig) -> int:
-    window = getattr(config, "max_position_embeddings", None)
-    if not window:
-        raise UserError(
-            f"the {config.model_type} config has no max_position_embeddings, so its window is unknown: "
-            "set it to the length the model was trained with."
-        )
-    return window
-
-
-def _is_layered(rope_parameters: RopeParameters) -> bool:
-    return any(isinstance(value, dict) for value in rope_parameters.values())
-
-
-def _global_rope(config: PreTrainedConfig) -> RopeParameters:
-    """The `rope_parameters` of the layers that see the whole context."""
-    rope = getattr(config, "rope_parameters", None)
-    if not rope or getattr(config, "alibi", False):
-        alibi = config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False)
-        raise UserError(
-            f"the positions of a {config.model_type} model cannot be stretched: "
-            f"it uses {'ALiBi' if alibi else 'no rotary positions that its config describes (rope_parameters)'}. "
-            "Take a model with RoPE, such as Llama, Mistral, Qwen, Gemma, Phi-3 or GPT-NeoX."
-        )
-    if _is_layered(rope):
-        layers, rope = list(rope), rope.get(GLOBAL_LAYERS)
-        if not rope:
-            raise UserError(
-                f"the {config.model_type} config has RoPE for {', '.join(layers)} but none for '{GLOBAL_LAYERS}' "
-                "layers: only those can be stretched."
-            )
-    known = ("default", *ROPE_INIT_FUNCTIONS)
-    rope_type = rope.get("rope_type", "default")
-    if rope_type not in known or rope_type == "proportional":
-        raise UserError(
-            f"the {config.model_type} config has rope_type '{rope_type}': "
-            "it must be one of default, linear, dynamic, yarn, llama3, longrope to be stretched."
-        )
-    return {**rope, "rope_type": rope_type}
-
-
-def _write(config: PreTrainedConfig, rope: RopeParameters) -> None:
-    layered = _is_layered(config.rope_parameters)
-    config.rope_parameters = {**config.rope_parameters, GLOBAL_LAYERS: rope} if layered else rope
 
 
 def _check_parameters(method: str, parameters: dict[str, Any]) -> None:
@@ -248,17 +150,22 @@ def _check_parameters(method: str, parameters: dict[str, Any]) -> None:
 
 def _stretch(config: PreTrainedConfig, method: str, context: int, parameters: dict[str, Any]) -> RopeParameters:
     """The `rope_parameters` (of the global layers) that stretch the original window to `context` tokens."""
-    present, original = _global_rope(config), original_context(config)
+    present, original = global_rope(config), original_context(config)
+    if present["rope_type"] not in ("default", *ROPE_INIT_FUNCTIONS) or present["rope_type"] == "proportional":
+        raise UserError(
+            f"the {config.model_type} config has rope_type '{present['rope_type']}': "
+            "it must be one of default, linear, dynamic, yarn, llama3, longrope to be stretched."
+        )
     factor = context / original
     if method == "none":
         if present["rope_type"] in ("yarn", "longrope") and present.get("factor") is None:
             # Where no factor is written, transformers takes it from the window that is about to change.
-            present["factor"] = present_context(config) / original
+            present["factor"] = present_context(config) / declared_context(config)
         return present
     plain = {key: value for key, value in present.items() if key not in _SCALING_KEYS}
     plain["rope_theta"] = getattr(config, "original_rope_theta", plain["rope_theta"])
     if method in ("ntk", "dynamic"):
-        dimension = _rotary_dimension(config, plain)
+        dimension = rotary_dimension(config, plain)
         if dimension < 4:
             raise UserError(f"method '{method}' needs a rotary dimension of 4 at least, not {dimension}: take linear.")
     if method == "ntk":
@@ -271,49 +178,32 @@ def _stretch(config: PreTrainedConfig, method: str, context: int, parameters: di
     if method in SHAPE_PARAMETERS:
         stretched["original_max_position_embeddings"] = original
         # Two equal lists are a fixed method written as longrope (below), whose factor is not the new one.
-        if present["rope_type"] == method and (
+        own = present["rope_type"] == method and (
             "short_factor" not in present or present["short_factor"] != present["long_factor"]
-        ):
+        )
+        if own:
             stretched |= {key: present[key] for key in SHAPE_PARAMETERS[method] if key in present}
     if method == "llama3":
         stretched = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | stretched
     stretched |= parameters
     if method == "longrope":
         yarn = plain | {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-        divisors, _ = _divisors(config, yarn)
+        divisors, _ = divisors_of(config, yarn)
         stretched = {"short_factor": [1.0] * len(divisors), "long_factor": divisors} | stretched
         for name in ("short_factor", "long_factor"):
             stretched[name] = _checked_list(name, stretched[name], len(divisors))
-    if not _accepts(config, stretched) and method in ("linear", "yarn", "llama3"):
-        divisors, attention_factor = _divisors(config, stretched)
-        stretched = plain | {
-            "rope_type": "longrope",
-            "factor": factor,
-            "original_max_position_embeddings": original,
-            "short_factor": divisors,
-            "long_factor": divisors,
-            "attention_factor": attention_factor,
-        }
-    if not _accepts(config, stretched):
+        if own:  # its short_factor serves up to the window that it declares
+            declared = declared_context(config)
+            stretched |= {"original_max_position_embeddings": declared, "factor": context / declared}
+    if not accepts(config, stretched) and method in ("linear", "yarn", "llama3"):
+        divisors, attention_factor = divisors_of(config, stretched)
+        stretched = fixed_divisors(plain, divisors, attention_factor, original, factor)
+    if not accepts(config, stretched):
         raise UserError(
             f"a {config.model_type} config cannot express method '{method}' (transformers refuses it): "
             "take another, such as ntk."
         )
     return stretched
-
-
-def _head_dimension(config: PreTrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _name_head_dimension(config: PreTrainedConfig) -> None:
-    """Write out a `head_dim` of None (Mixtral), which the yarn, dynamic and longrope of transformers cannot read."""
-    if getattr(config, "head_dim", 0) is None:
-        config.head_dim = _head_dimension(config)
-
-
-def _rotary_dimension(config: PreTrainedConfig, rope: RopeParameters) -> int:
-    return int(_head_dimension(config) * rope.get("partial_rotary_factor", 1.0))
 
 
 def _checked_list(name: str, given: Any, length: int) -> list[float]:
@@ -324,36 +214,6 @@ def _checked_list(name: str, given: Any, length: int) -> list[float]:
             f"but {f'{len(numbers)} values were' if numbers else repr(given) + ' was'} given."
         )
     return [float(number) for number in numbers]
-
-
-def _trial(config: PreTrainedConfig, rope: RopeParameters) -> PreTrainedConfig:
-    trial = copy.deepcopy(config)
-    _write(trial, dict(rope))
-    _name_head_dimension(trial)
-    if "original_max_position_embeddings" in rope:
-        trial.original_max_position_embeddings = rope["original_max_position_embeddings"]
-        trial.max_position_embeddings = round(rope["original_max_position_embeddings"] * rope["factor"])
-    return trial
-
-
-def _accepts(config: PreTrainedConfig, rope: RopeParameters) -> bool:
-    """Whether stock transformers can load this config with these `rope_parameters`."""
-    try:
-        _trial(config, rope).validate_rope()
-    except (ValueError, KeyError, TypeError):
-        return False
-    return True
-
-
-def _divisors(config: PreTrainedConfig, rope: RopeParameters) -> tuple[list[float], float]:
-    """What `rope` divides each of the d/2 plain frequencies by, and its attention factor (transformers' formulas)."""
-    layer_type = GLOBAL_LAYERS if _is_layered(config.rope_parameters) else None
-    with torch.device("cpu"):
-        plain, _ = ROPE_INIT_FUNCTIONS["linear"](_trial(config, {**rope, "factor": 1.0}), layer_type=layer_type)
-        stretched, attention_factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](
-            _trial(config, rope), layer_type=layer_type
-        )
-    return (plain.double() / stretched.double()).tolist(), attention_factor
 
 
 def _rotary_modules(model: nn.Module, config: PreTrainedConfig) -> list[nn.Module]:
@@ -396,4 +256,4 @@ def _rescale_latent_attention(model: nn.Module, config: PreTrainedConfig) -> Non
     for module in model.modules():
         apply_mscale = getattr(sys.modules.get(type(module).__module__), "yarn_apply_mscale", None)
         if apply_mscale is not None and hasattr(module, "scaling") and hasattr(module, "qk_head_dim"):
-            module.scaling = apply_mscale(_global_rope(config), cast(int, module.qk_head_dim) ** -0.5)
+            module.scaling = apply_mscale(global_rope(config), cast(int, module.qk_head_dim) ** -0.5)
