@@ -26,7 +26,19 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from longlora.errors import UserError
-from longlora.model.positions import frequency_divisors
+from longlora.model.rope import (
+    RopeParameters,
+    accepts,
+    divisors_of,
+    fixed_divisors,
+    frequency_divisors,
+    global_rope,
+    head_dimension,
+    is_layered,
+    rotary_dimension,
+    text_config,
+    write_rope,
+)
 
 OWN_KEY = "longlora.config"
 
@@ -35,6 +47,24 @@ FREQUENCIES = "rope_freqs.weight"
 
 _KEPT = ("original_max_position_embeddings", "original_rope_theta", "head_dim", "attention_bias", "mlp_bias")
 """Config fields, beside `rope_parameters`, that transformers does not read from every GGUF."""
+
+_LISTS = ("rope_factors_short.weight", "rope_factors_long.weight")
+"""Tensors (d/2,) of longrope: divisors up to the original window and beyond it."""
+
+_RAMP = ("beta_fast", "beta_slow")
+
+_UNDERSTOOD = {
+    *("freq_base", "freq_base_swa", "dimension_count", "dimension_sections", "scale_linear"),
+    *(f"scaling.{name}" for name in ("type", "factor", "attn_factor", "original_context_length", "finetuned")),
+    *(f"scaling.yarn_{name}" for name in _RAMP),
+}
+"""Keys after `ARCH.rope.`; `dimension_sections` part the axes of pictures, and text has one."""
+
+_NEUTRAL = {"scaling.yarn_ext_factor": 1.0, "scaling.yarn_attn_factor": 1.0, "scaling.yarn_log_multiplier": 0.0}
+"""Values at which the keys not read here change nothing."""
+
+_STILL = 1e20
+"""A divisor above this stands for no turning at all."""
 
 _TOLERANCE = 1e-6
 
@@ -107,48 +137,110 @@ def read_positions(config: PreTrainedConfig, file: Path) -> None:
     """Give `config`, as transformers made it from the GGUF `file`, the positions that the file states.
 
     Raises:
-        UserError: it states positions of a kind that transformers does not have.
+        UserError: it states positions of a kind that transformers does not have, or in words not known here.
     """
     # here and not above: it is no public part of transformers (gguf's own reader takes seconds for each file)
     from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict, read_gguf_metadata
 
-    text = config.get_text_config()
+    text = text_config(config)
+    metadata, names = read_gguf_metadata(str(file))
+    architecture = f"{metadata['general.architecture']}."
+    stated = {key.removeprefix(architecture): value for key, value in metadata.items() if key.startswith(architecture)}
+    _read_shape(text, stated)
     if not getattr(text, "rope_parameters", None):
-        return
-    metadata, tensors = read_gguf_metadata(str(file))
+        return  # learned positions, ALiBi, none
     if own := metadata.get(OWN_KEY):
         for name, value in json.loads(own).items():
             setattr(text, name, value)
         return
-    prefix = f"{metadata['general.architecture']}.rope.scaling."
-    scaling = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    kind, factor = scaling.get("type", "none"), scaling.get("factor")
-    rope = {key: value for key, value in text.rope_parameters.items() if key != "rope_type"}
-    original = scaling.get("original_context_length")
-    if FREQUENCIES in tensors:
-        stored = load_gguf_state_dict(GgufHeader.from_file(str(file)))[FREQUENCIES]
-        divisors = stored[...].double().tolist()
-        rope |= {
-            "rope_type": "longrope",
-            "factor": 1.0,
-            "original_max_position_embeddings": original or text.max_position_embeddings,
-            "short_factor": divisors,
-            "long_factor": divisors,
-            "attention_factor": scaling.get("attn_factor", 1.0),
-        }
-    elif kind in ("linear", "yarn") and factor:
-        rope |= {"rope_type": kind, "factor": factor}
-        if original:
-            text.original_max_position_embeddings = original
-        if kind == "yarn":
-            rope["original_max_position_embeddings"] = original or round(text.max_position_embeddings / factor)
-            if "attn_factor" in scaling:
-                rope["attention_factor"] = scaling["attn_factor"] * _yarn_attention(factor)
-    elif kind not in ("none", "linear", "yarn"):
-        raise UserError(f"'{file}' has {kind} positions, which cannot be read from a GGUF: give the model's folder.")
+    keys = {key.removeprefix("rope."): value for key, value in stated.items() if key.startswith("rope.")}
+    neutral = _NEUTRAL | {"dimension_count_swa": head_dimension(text)}
+    for key, value in keys.items():
+        if key not in _UNDERSTOOD and value != neutral.get(key):
+            raise _unreadable(file, f"{architecture}rope.{key} = {value}")
+    tensors = load_gguf_state_dict(GgufHeader.from_file(str(file)))
+    lists = {name: tensors[name][...].double().tolist() for name in (FREQUENCIES, *_LISTS) if name in names}
+    if "freq_base_swa" in keys and is_layered(text):
+        local = "sliding_attention"
+        write_rope(text, text.rope_parameters[local] | {"rope_theta": keys["freq_base_swa"]}, local)
+    rope = global_rope(text)
+    if "freq_base" in keys:
+        rope["rope_theta"] = keys["freq_base"]
+    if rope["rope_type"] == "proportional":
+        _read_turned_share(rope, lists, file)
     else:
+        _read_turned_width(text, rope, keys, file)
+        rope = _read_scaling(text, rope, keys, lists, file)
+    write_rope(text, rope)
+
+
+def _read_shape(config: PreTrainedConfig, stated: dict[str, Any]) -> None:
+    """What decides which tokens a head sees, and how wide it is, where transformers passes over it."""
+    if "attention.sliding_window" in stated and hasattr(config, "sliding_window"):
+        config.sliding_window = stated["attention.sliding_window"] or None  # 0 is Phi-4's "none"
+    if "attention.key_length" in stated and "head_dim" in vars(config) and not hasattr(config, "global_head_dim"):
+        config.head_dim = stated["attention.key_length"]
+
+
+def _read_turned_width(config: PreTrainedConfig, rope: RopeParameters, keys: dict[str, Any], file: Path) -> None:
+    """The part of each head that turns."""
+    width = keys.get("dimension_count") or rotary_dimension(config, rope)
+    if width == rotary_dimension(config, rope):
         return
-    text.rope_parameters = rope
+    if "partial_rotary_factor" not in rope:  # a class that turns whole heads
+        raise _unreadable(file, f"heads of {head_dimension(config)} of which {width} turn")
+    rope["partial_rotary_factor"] = width / head_dimension(config)
+
+
+def _read_turned_share(rope: RopeParameters, lists: dict[str, list[float]], file: Path) -> None:
+    """Gemma 4 turns the first frequencies of a head and holds the others still, by dividing them by 1e30."""
+    if divisors := lists.get(FREQUENCIES):
+        if any(divisor != 1 and divisor < _STILL for divisor in divisors):
+            raise _unreadable(file, f"{FREQUENCIES} that scale frequencies beside some that stand still")
+        rope["partial_rotary_factor"] = sum(divisor == 1 for divisor in divisors) / len(divisors)
+
+
+def _read_scaling(
+    config: PreTrainedConfig, rope: RopeParameters, keys: dict[str, Any], lists: dict[str, list[float]], file: Path
+) -> RopeParameters:
+    """`rope` with the scaling that llama.cpp would compute from `keys` and `lists`."""
+    kept = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
+    plain = {key: value for key, value in rope.items() if key in kept}
+    # without a type llama.cpp takes linear, without an original window the present one
+    kind, factor = keys.get("scaling.type", "linear"), keys.get("scaling.factor", keys.get("scale_linear", 1.0))
+    original = keys.get("scaling.original_context_length", config.max_position_embeddings)
+    scale = keys.get("scaling.attn_factor", 1.0)
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        raise _unreadable(file, f"{kind} positions")
+    if kind == "longrope" or lists.keys() & set(_LISTS):
+        if not lists.keys() >= set(_LISTS):
+            raise _unreadable(file, f"{kind} positions without {' and '.join(_LISTS)}")
+        config.original_max_position_embeddings = original
+        growth = max(1.0, config.max_position_embeddings / original)
+        short, long = (lists[name] for name in _LISTS)
+        return fixed_divisors(plain, long, scale, original, growth) | {"short_factor": short}
+    scaled = plain | {"rope_type": "default"}
+    if kind != "none" and factor not in (0.0, 1.0):
+        scaled |= {"rope_type": kind, "factor": factor}
+        if "scaling.original_context_length" in keys:
+            config.original_max_position_embeddings = original
+        if kind == "yarn":
+            scaled["original_max_position_embeddings"] = original
+            scaled |= {name: rope[name] for name in ("truncate",) if name in rope}  # gpt-oss: no file says it
+            scaled |= {name: keys[f"scaling.yarn_{name}"] for name in _RAMP if f"scaling.yarn_{name}" in keys}
+            if scale != 1.0:
+                scaled["attention_factor"], scale = scale * _yarn_attention(factor), 1.0
+    if FREQUENCIES not in lists and scale == 1.0 and accepts(config, {"factor": 1.0} | scaled):
+        return scaled
+    linear = {"rope_type": "linear", "factor": 1.0} if scaled["rope_type"] == "default" else {}
+    divisors, attention_factor = divisors_of(config, scaled | linear)
+    if FREQUENCIES in lists:
+        divisors = [ours * theirs for ours, theirs in zip(divisors, lists[FREQUENCIES], strict=True)]
+    return fixed_divisors(plain, divisors, attention_factor * scale, original, 1.0)
+
+
+def _unreadable(file: Path, what: str) -> UserError:
+    return UserError(f"'{file}' has {what}, which cannot be read from a GGUF: give the model's folder.")
 
 
 def _has_usual_ramp(rope: dict[str, Any]) -> bool:
