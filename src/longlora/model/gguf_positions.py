@@ -230,7 +230,7 @@ def _read_scaling(
             scaled |= {name: keys[f"scaling.yarn_{name}"] for name in _RAMP if f"scaling.yarn_{name}" in keys}
             if scale != 1.0:
                 scaled["attention_factor"], scale = scale * _yarn_attention(factor), 1.0
-    if FREQUENCIES not in lists and scale == 1.0 and accepts(config, {"factor": 1.0} | scaled):
+    if FREQUENCIES not in lists and scale == 1.0 and accepts(config, scaled):
         return scaled
     linear = {"rope_type": "linear", "factor": 1.0} if scaled["rope_type"] == "default" else {}
     divisors, attention_factor = divisors_of(config, scaled | linear)

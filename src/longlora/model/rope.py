@@ -198,7 +198,7 @@ def trial(config: PreTrainedConfig, rope: RopeParameters) -> PreTrainedConfig:
     name_head_dimension(tried)
     if "original_max_position_embeddings" in rope:
         tried.original_max_position_embeddings = rope["original_max_position_embeddings"]
-        tried.max_position_embeddings = round(rope["original_max_position_embeddings"] * rope["factor"])
+        tried.max_position_embeddings = round(rope["original_max_position_embeddings"] * rope.get("factor", 1.0))
     return tried
 
 
