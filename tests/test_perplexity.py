@@ -5,6 +5,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from longlora.errors import UserError
-from longlora.evaluation.perplexity import Window, default_contexts, perplexity, perplexity_report, windows
+from longlora.evaluation.perplexity import default_contexts, perplexity, perplexity_report
+from longlora.evaluation.windows import Window, windows
 from longlora.model.lm_head import causal_lm_loss
 from longlora.model.positions import extend_positions
 from longlora.settings import PerplexitySettings
@@ -70,7 +72,7 @@ def model(tiny_model: Callable[..., Any]) -> Any:
 @pytest.mark.parametrize("stride", [3, 5, 8, 16])
 def test_equals_a_loop_over_full_logits(model: Any, stride: int, score: str) -> None:
     documents = make_documents()
-    settings = PerplexitySettings(contexts=(16, 26, 17), stride=stride, score=score)
+    settings = PerplexitySettings(contexts=(16, 26, 17), stride=stride, score=score, texts="each")
     results = perplexity(model, documents, settings, progress=False)
     assert [result.context for result in results] == [16, 26, 17]
     for result in results:
@@ -86,7 +88,7 @@ def test_equals_a_loop_over_full_logits(model: Any, stride: int, score: str) -> 
 def test_the_batch_size_changes_nothing(model: Any, score: str) -> None:
     found = []
     for batch in (1, 3, 1000, 0):
-        settings = PerplexitySettings(contexts=(16, 24), stride=5, score=score, evaluation_batch=batch)
+        settings = PerplexitySettings(contexts=(16, 24), stride=5, score=score, evaluation_batch=batch, texts="each")
         found.append(perplexity(model, Corpus(make_documents()), settings, progress=False))
     for results in found[1:]:
         for result, alone in zip(results, found[0], strict=True):
@@ -256,6 +258,84 @@ def test_trained_parts_in_float32_inside_a_half_precision_model(
     assert not torch.is_autocast_enabled("cpu")
 
 
+def test_one_text_for_all_contexts(model: Any) -> None:
+    documents = make_documents()
+    results = perplexity(model, documents, PerplexitySettings(contexts=(16, 32), stride=8), progress=False)
+    long_enough = [document for document in documents if len(document) >= 32]
+    for result in results:
+        assert (result.documents, result.skipped_documents) == (3, 4)
+        assert result.tokens == sum(len(document) - 1 for document in long_enough)
+        assert result.nll == pytest.approx(loop(model, long_enough, result.context, 8, "last")[0], abs=1e-6)
+        # the sums of each document are its own perplexity
+        for at, document in enumerate(long_enough):
+            nll, tokens = loop(model, [document], result.context, 8, "last")
+            assert result.document_tokens[at] == tokens
+            assert result.document_nll[at] == pytest.approx(nll * tokens, rel=1e-6)
+        assert result.low is not None
+        assert result.high is not None
+        assert result.low < result.perplexity < result.high
+        assert result.tokens_read == sum(
+            len(document[begin : begin + result.context])
+            for document in long_enough
+            for begin in range(0, len(document), 8)
+            if begin == 0 or begin + result.context - 8 < len(document)
+        )
+    assert results[0].text == results[1].text
+    each = PerplexitySettings(contexts=(16, 32), stride=8, texts="each")
+    apart = perplexity(model, documents, each, progress=False)
+    assert [result.documents for result in apart] == [6, 3]
+    assert apart[0].text != apart[1].text == results[1].text
+
+
+def test_strides() -> None:
+    chosen = {context: PerplexitySettings().stride_at(context) for context in (64, 512, 2048, 8192, 131072)}
+    assert chosen == {64: 64, 512: 256, 2048: 256, 8192: 1024, 131072: 16384}
+    assert {PerplexitySettings(stride="paper").stride_at(context) for context in (512, 131072)} == {256}
+    assert PerplexitySettings(score="stream").stride_at(8192) == 256
+    with pytest.raises(UserError, match="unknown --stride 'papr'.*Did you mean 'paper'"):
+        PerplexitySettings(stride="papr")  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def original_script(model: Any, stream: np.ndarray, length: int, stride: int) -> float:
+    """LongLoRA's `eval.py`, written anew: whole windows over one stream, the last one dropped, mean of their losses."""
+    begins = list(range(0, len(stream) - length, stride))
+    begins.pop()
+    losses = []
+    for begin in begins:
+        ids = torch.from_numpy(stream[begin : begin + length].astype(np.int64))[None]
+        losses.append(model(input_ids=ids, labels=ids).loss.item())
+    return float(np.mean(losses))
+
+
+@pytest.mark.parametrize(("length", "stride"), [(16, 5), (32, 8), (64, 64)])
+def test_the_papers_script(model: Any, length: int, stride: int) -> None:
+    documents = make_documents([5, 100, 61, 1, 80])
+    settings = PerplexitySettings(contexts=(length,), stride=stride, score="stream")
+    (result,) = perplexity(model, documents, settings, progress=False, bos=3)
+    expected = original_script(model, np.concatenate(documents), length, stride)
+    assert result.nll == pytest.approx(expected, abs=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-6)
+    assert (result.documents, result.skipped_documents) == (5, 0)
+    assert sum(result.document_tokens) == result.tokens
+    with pytest.raises(UserError, match="16 tokens, too few for --score stream at context 16"):
+        perplexity(model, make_documents([16]), replace(settings, contexts=(16,), stride=8), progress=False)
+
+
+def test_a_beginning_token_at_the_head_of_each_window(model: Any) -> None:
+    (document,) = make_documents([40])
+    settings = PerplexitySettings(contexts=(16,), stride=8)
+    (result,) = perplexity(model, [document], settings, progress=False, bos=3)
+    total = 0.0
+    with torch.no_grad():
+        for begin, end, first in windows(40, 16, 8, "last"):
+            ids = torch.tensor([3, *document[begin + 1 : end].tolist()])[None]
+            losses = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+            total += losses[first - 1 :].sum().item()
+    assert result.nll == pytest.approx(total / 39, abs=1e-6)
+    assert result.nll != perplexity(model, [document], settings, progress=False)[0].nll
+
+
 def test_default_contexts(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("llama")
     assert default_contexts(model.config) == (16, 32, 64)
@@ -279,10 +359,13 @@ def test_the_report_is_json(model: Any) -> None:
     results = perplexity(model, make_documents(), settings, progress=False)
     report = json.loads(json.dumps(perplexity_report("some/model", "books", settings, results)))
     entries = report.pop("results")
-    assert report == {"model": "some/model", "data": "books", "stride": 8, "score": "window"}
+    assert report == {"model": "some/model", "data": "books", "stride": 8, "score": "window", "texts": "one"}
     assert [entry["context"] for entry in entries] == [16, 32]
     assert entries[0] == results[0].to_dict()
-    assert set(entries[0]) == {"context", "perplexity", "nll", "tokens", "documents", "skipped_documents"}
+    assert set(entries[0]) == {
+        *("context", "stride", "perplexity", "low", "high", "nll", "tokens", "tokens_read"),
+        *("documents", "skipped_documents", "text", "document_nll", "document_tokens"),
+    }
 
 
 def test_progress_in_a_log(model: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

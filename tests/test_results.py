@@ -1,6 +1,7 @@
 """Where results go, in which order models are evaluated, and what a comparison with a baseline says."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,9 @@ from tiny_runs import make_run, save_base
 from longlora.corpus.tokens import TokenizedCorpus
 from longlora.errors import UserError
 from longlora.evaluation import perplexity as rooms
-from longlora.evaluation.command import evaluate_perplexity
+from longlora.evaluation.command import evaluate_perplexity, perplexity_changes
 from longlora.evaluation.results import change_lines, data_fingerprint, evaluated_models, weights_fingerprint
+from longlora.evaluation.retrieval import accuracy_changes
 from longlora.settings import CorpusSettings, EvaluatePerplexitySettings, LoadSettings, PasskeySettings
 from longlora.settings import PerplexitySettings as Way
 
@@ -135,11 +137,32 @@ def test_evaluated_again_in_another_way_the_earlier_results_are_set_aside(places
 
 
 def test_changes_by_hand() -> None:
-    documents = [{"label": "base", "of": {1: 2.0, 2: 0.0, 3: 4.0}}, {"label": "new", "of": {3: 3.0, 2: 1.0, 4: 9.0}}]
-    assert change_lines(documents, lambda each: each["of"], relative=True) == ["new against base: 3 -25.0%"]
-    shares = [{"label": "base", "of": {1024: 0.5}}, {"label": "new", "of": {1024: 0.75}}, {"label": "none", "of": {}}]
-    expected = ["new against base: 1,024 +25.0 points"]
-    assert change_lines(shares, lambda each: each["of"], relative=False) == expected
+    def results(label: str, **nll: list[float]) -> dict[str, Any]:
+        rows = [(int(context[1:]), sums) for context, sums in nll.items()]
+        return {
+            "label": label,
+            "results": [
+                {"context": n, "text": "t", "perplexity": 2.0, "document_nll": sums, "document_tokens": [10, 10, 10]}
+                for n, sums in rows
+            ],
+        }
+
+    documents = [results("base", c1=[7, 8, 9], c3=[20, 24, 28]), results("new", c3=[19, 22, 25], c4=[1, 2, 3])]
+    # differences of -0.1, -0.2 and -0.3 nats a token: -0.2 ± 4.303 · 0.1 / √3
+    low, high = (100 * math.expm1(-0.2 + end * 4.30265 * 0.1 / math.sqrt(3)) for end in (-1, 1))
+    expected = [f"new against base: 3 -18.1% ({low:+.1f} to {high:+.1f})"]
+    assert change_lines(documents, perplexity_changes, "%") == expected
+    documents[1]["results"][0] |= {"text": "another", "perplexity": 1.5}
+    assert change_lines(documents, perplexity_changes, "%") == ["new against base: 3 -25.0%"]
+
+    before = {"label": "base", "results": [{"context": 1024, "scores": [0, 1, 0, 1]}]}
+    after = {"label": "new", "results": [{"context": 1024, "scores": [1, 1, 0, 1]}, {"context": 9, "scores": [1]}]}
+    none = {"label": "none", "results": []}
+    # Bonett and Price: one better of six, none worse but the two that are added
+    spread = 1.95996 * math.sqrt((3 / 6 - (1 / 6) ** 2) / 6)
+    low, high = (100 * max(-1, min(1, 1 / 6 + end * spread)) for end in (-1, 1))
+    expected = [f"new against base: 1,024 +25.0 points ({low:+.1f} to {high:+.1f})"]
+    assert change_lines([before, after, none], accuracy_changes, " points") == expected
 
 
 def corpus(*documents: list[int], dtype: Any = np.uint16) -> TokenizedCorpus:

@@ -16,6 +16,7 @@ from longlora.errors import UserError
 from longlora.evaluation import perplexity as rooms
 from longlora.evaluation.perplexity import perplexity
 from longlora.evaluation.short import baseline_of, evaluate_short, verdict
+from longlora.evaluation.statistics import Estimate
 from longlora.model.loading import load
 from longlora.settings import CorpusSettings, EvaluateShortSettings, PerplexitySettings
 
@@ -77,7 +78,11 @@ def test_before_and_after_on_the_same_documents(places: Path) -> None:
         assert result["before"] == pytest.approx(before, rel=1e-6)
         assert result["after"] == pytest.approx(after, rel=1e-6)
         assert result["change_percent"] == pytest.approx(100 * (after - before) / before, abs=1e-4)
-        assert result["verdict"] == f"{'improved' if after < before else 'regressed'} by {abs(after / before - 1):.1%}"
+        assert result["low"] < result["change_percent"] < result["high"]
+        shown = not result["low"] <= 0 <= result["high"]
+        assert result["verdict"].startswith(
+            "no difference shown" if not shown else "improved" if after < before else "regressed"
+        )
         assert (result["documents"], result["skipped_documents"]) == (3, 1)
     assert results[2]["tokens"] == 100 + 64 + 63
 
@@ -86,7 +91,7 @@ def test_the_other_way_round(places: Path) -> None:
     there = evaluate_short(settings(places, "run"))["results"]
     back = evaluate_short(settings(places, "base", baseline=str(places / "run")))["results"]
     assert [result["context"] for result in back] == [16, 32, 64], "the window that both have"
-    opposite = {"improved": "regressed", "regressed": "improved"}
+    opposite = {"improved:": "regressed:", "regressed:": "improved:", "no": "no"}
     for one, other in zip(there, back, strict=True):
         assert (one["before"], one["after"]) == (other["after"], other["before"])
         assert other["verdict"].split()[0] == opposite[one["verdict"].split()[0]]
@@ -95,19 +100,18 @@ def test_the_other_way_round(places: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "higher", "expected"),
+    ("change", "higher", "expected"),
     [
-        (10.0, 11.0, False, "regressed by 10.0%"),
-        (10.0, 9.0, False, "improved by 10.0%"),
-        (0.5, 0.4, True, "regressed by 20.0%"),
-        (0.5, 0.6, True, "improved by 20.0%"),
-        (0.5, 0.5002, True, "unchanged"),
-        (0.0, 0.25, True, "improved from 0 to 0.25"),
-        (0.0, 0.0, True, "unchanged"),
+        (Estimate(0.1, 0.05, 0.15), False, "regressed: +10.0% (+5.0 to +15.0)"),
+        (Estimate(-0.1, -0.15, -0.05), False, "improved: -10.0% (-15.0 to -5.0)"),
+        (Estimate(0.1, 0.05, 0.15), True, "improved: +10.0% (+5.0 to +15.0)"),
+        (Estimate(-0.1, -0.3, 0.1), True, "no difference shown: -10.0% (-30.0 to +10.0)"),
+        (Estimate(0.1, None, None), False, "regressed: +10.0%, from one document"),
+        (Estimate(0.0, 0.0, 0.0), True, "unchanged"),
     ],
 )
-def test_verdicts(before: float, after: float, higher: bool, expected: str) -> None:
-    assert verdict(before, after, higher) == expected
+def test_verdicts(change: Estimate, higher: bool, expected: str) -> None:
+    assert verdict(change, higher, "%") == expected
 
 
 def test_what_a_model_is_compared_with(places: Path) -> None:

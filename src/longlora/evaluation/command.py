@@ -2,24 +2,31 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from longlora.corpus.encoding import beginning
 from longlora.corpus.tokens import tokenize_corpus
+from longlora.evaluation import statistics
 from longlora.evaluation.loading import data_name, held_out, load_evaluated, stretching
-from longlora.evaluation.perplexity import perplexity, perplexity_report
+from longlora.evaluation.perplexity import default_contexts, perplexity, perplexity_report
 from longlora.evaluation.results import (
     Document,
     Evaluated,
     change_lines,
     data_fingerprint,
     evaluate_each,
+    evaluated_models,
     keep,
     say_where_results_go,
     weights_fingerprint,
 )
+from longlora.evaluation.statistics import Estimate
 from longlora.evaluation.trials import TrialLog
 from longlora.model.lm_head import unwrapped
+from longlora.model.loading import load_config
+from longlora.model.positions import extend_positions
 from longlora.settings import EvaluatePerplexitySettings
 
 logger = logging.getLogger(__name__)
@@ -29,34 +36,39 @@ def evaluate_perplexity(settings: EvaluatePerplexitySettings) -> Document:
     """Run `longlora eval perplexity`.
 
     Returns:
-        For one model `{"model", "label", "data", "stride", "score", …, "results": [{"context", "perplexity", "nll",
-        "tokens", "documents", "skipped_documents"}], "seconds"}`; for several, or with a baseline, as
+        For one model `{"model", "label", "data", "stride", "score", "texts", …, "results": [{"context", "stride",
+        "perplexity", "low", "high", "nll", "tokens", "tokens_read", "documents", "skipped_documents", "text",
+        "document_nll", "document_tokens"}], "seconds"}`; for several, or with a baseline, as
         `longlora.evaluation.results.evaluate_each`.
 
     Raises:
         UserError: a model, document or context that does not fit, or results that cannot be kept.
     """
+    settings = _with_contexts(settings)
 
     def evaluate(model: Evaluated, file: Path | None) -> Document:
         return _evaluate(model.name, file, model.settings(settings))
 
     def table(documents: Sequence[Document]) -> str:
-        changes = change_lines(documents, _by_context, relative=True) if settings.baseline else []
+        changes = change_lines(documents, perplexity_changes, "%") if settings.baseline else []
         return "\n".join([perplexity_table(documents), *changes])
 
     return evaluate_each("perplexity", settings, evaluate, table)
 
 
 def perplexity_table(documents: Sequence[Document]) -> str:
-    """Perplexities for people: a line a model, a column a context."""
+    """Perplexities and their 95% intervals for people: two lines a model, a column a context."""
     contexts = sorted({result["context"] for document in documents for result in document["results"]})
     names = [document.get("label") or document["model"] for document in documents]
     width = max(len("perplexity at"), *(len(name) for name in names))
-    lines = [f"{'perplexity at':<{width}}" + "".join(f"{context:>10,}" for context in contexts)]
+    lines = [f"{'perplexity at':<{width}}" + "".join(f"{context:>14,}" for context in contexts)]
     for name, document in zip(names, documents, strict=True):
-        found = _by_context(document)
-        cells = (f"{found[context]:>10.2f}" if context in found else f"{'–':>10}" for context in contexts)
-        lines.append(f"{name:<{width}}" + "".join(cells))
+        found = {result["context"]: result for result in document["results"]}
+        rows = [found.get(context) for context in contexts]
+        values = (f"{row['perplexity']:>14.2f}" if row else f"{'–':>14}" for row in rows)
+        lines.append(f"{name:<{width}}" + "".join(values))
+        if any(row and row.get("low") is not None for row in rows):
+            lines.append(f"{'  95% interval':<{width}}" + "".join(f"{_interval(row):>14}" for row in rows))
     results = documents[0]["results"]
     stride = documents[0]["stride"] or "/".join(f"{r['stride']:,}" for r in results)
     tokens, counts, skipped = (_range(r[key] for r in results) for key in ("tokens", "documents", "skipped_documents"))
@@ -64,11 +76,45 @@ def perplexity_table(documents: Sequence[Document]) -> str:
         f"{documents[0]['data']}; stride {stride}, score {documents[0]['score']}; "
         f"{tokens} tokens of {counts} documents, {skipped} too short"
     )
+    if len({r.get("text") for r in results}) > 1:
+        lines.append("each context is scored on documents of its own: do not read its line as a curve")
     return "\n".join(lines)
 
 
-def _by_context(document: Mapping[str, Any]) -> dict[int, float]:
-    return {result["context"]: result["perplexity"] for result in document["results"]}
+def perplexity_changes(document: Mapping[str, Any], before: Mapping[str, Any]) -> dict[int, Estimate]:
+    """By context, how far perplexity is from what it was, as a share; with an interval where the text is the same."""
+    earlier = {result["context"]: result for result in before["results"]}
+    found = {}
+    for result in document["results"]:
+        if other := earlier.get(result["context"]):
+            found[result["context"]] = (
+                statistics.perplexity_change(result["document_nll"], other["document_nll"], result["document_tokens"])
+                if result["text"] == other["text"] and result["document_tokens"] == other["document_tokens"]
+                else Estimate(result["perplexity"] / other["perplexity"] - 1, None, None)
+            )
+    return found
+
+
+def _interval(row: Mapping[str, Any] | None) -> str:
+    return f"{row['low']:.2f}–{row['high']:.2f}" if row and row.get("low") is not None else ""
+
+
+def _with_contexts(settings: EvaluatePerplexitySettings) -> EvaluatePerplexitySettings:
+    """`settings` with the same contexts for all models, where none are given: those of the longest window."""
+    models = evaluated_models(settings)
+    if settings.perplexity.contexts or len(models) == 1:
+        return settings
+    found: list[tuple[int, ...]] = []
+    for model in models:
+        own = model.settings(settings)
+        loading = own.loading
+        config = load_config(model.name, trust_remote_code=loading.trust_remote_code, revision=loading.revision)
+        if own.extend_to:
+            extend_positions(config, own.extend_to, own.method)
+        found.append(default_contexts(config))
+    longest = max(found, key=max)
+    contexts = tuple(context for context in longest if context >= settings.perplexity.stride_at(context))
+    return replace(settings, perplexity=replace(settings.perplexity, contexts=contexts or longest))
 
 
 def _range(numbers: Iterable[int]) -> str:
@@ -81,7 +127,7 @@ def _evaluate(name: str, file: Path | None, settings: EvaluatePerplexitySettings
     """The results document of one model, which goes beside its log `file`."""
     model, tokenizer, label = load_evaluated(name, settings)
     corpus = tokenize_corpus(tokenizer, settings.corpus, held_out=held_out(settings.corpus))
-    way = settings.perplexity
+    way, first = settings.perplexity, beginning(tokenizer)
     about = {
         "task": "perplexity",
         "label": label,
@@ -89,17 +135,18 @@ def _evaluate(name: str, file: Path | None, settings: EvaluatePerplexitySettings
         **stretching(settings),
         "dtype": str(unwrapped(model).dtype).removeprefix("torch."),
         "data_fingerprint": data_fingerprint(corpus),
+        "bos": bool(first) and way.score != "stream",
         "max_documents": way.max_documents,
         "min_document_tokens": way.min_document_tokens,
     }
     weights = weights_fingerprint(name, settings.loading.revision)
     logger.info("perplexity of %s", label)
-    with TrialLog.opened(file, {**about, "weights": weights}, settings.resume) as log:
+    with TrialLog.opened(file, {**about, "stride": way.stride, "weights": weights}, settings.resume) as log:
         say_where_results_go(file, "part", len(log.records))
-        results = perplexity(model, corpus, way, log=log)
+        results = perplexity(model, corpus, way, log=log, bos=first[0] if first else None)
         document = {
             **about,
-            "results": [result.to_dict() for result in results],
+            **perplexity_report(name, about["data"], way, results),
             "seconds": round(sum(record["seconds"] for record in log.records.values()), 1),
         }
         return keep(document, file)

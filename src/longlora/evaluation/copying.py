@@ -26,7 +26,8 @@ import torch
 from torch import nn
 
 from longlora.errors import UserError
-from longlora.evaluation.perplexity import evaluating, windows
+from longlora.evaluation.perplexity import evaluating
+from longlora.evaluation.windows import windows
 from longlora.model.lm_head import IGNORED, run_token_losses
 
 CUE = 16

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,8 +32,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from longlora.errors import UserError
-from longlora.evaluation.perplexity import TOKENS_A_PASS, Documents, Listed, check_positions, evaluating, windows
+from longlora.evaluation.cost import tokens_a_pass
+from longlora.evaluation.perplexity import check_positions, evaluating
 from longlora.evaluation.trials import Record, TrialLog
+from longlora.evaluation.windows import Documents, as_documents, windows
 from longlora.model.lm_head import IGNORED, run_token_losses, unwrapped
 from longlora.model.loading import window
 from longlora.model.positions import original_context
@@ -201,7 +203,7 @@ def _choose(
     documents: Iterable[np.ndarray] | Documents, settings: LongPerplexitySettings
 ) -> tuple[Documents, list[int], int]:
     """The documents, the indices of those to read, and how many are too short."""
-    corpus = cast(Documents, documents) if hasattr(documents, "document") else Listed(list(documents))
+    corpus = as_documents(documents)
     lengths = [len(corpus.document(index)) for index in range(len(corpus))]
     assert settings.context is not None
     long_enough = [index for index, length in enumerate(lengths) if length >= settings.context]
@@ -272,7 +274,7 @@ def _short_losses(model: nn.Module, ids: torch.Tensor, settings: LongPerplexityS
     assert short_context is not None
     assert stride is not None
     slices = [ids[begin:end] for begin, end, _ in windows(len(ids), short_context + stride, stride, "last")]
-    rows = max(1, TOKENS_A_PASS // (short_context + stride))
+    rows = max(1, tokens_a_pass(model, short_context + stride) // (short_context + stride))
     losses: list[np.ndarray] = []
     for first in range(0, len(slices), rows):
         batch = slices[first : first + rows]

@@ -7,7 +7,7 @@ the words that LongEval gives to a base model (mpt-7b-storywriter), up to the en
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from longlora.evaluation.longeval_cases import (
 )
 from longlora.evaluation.prompting import PromptFormat
 from longlora.evaluation.results import Document, change_lines
-from longlora.evaluation.retrieval import Question, Task, ask_models, window_of
+from longlora.evaluation.retrieval import Question, Task, accuracy_changes, ask_models, window_of
 from longlora.settings import LinesSettings, LongEvalSettings, TopicsSettings
 
 TOPICS = (5, 10, 15, 20, 25)
@@ -155,11 +155,12 @@ def _evaluate(
             stop=None if form.chat else lambda answer: "\n" in form.text(answer).lstrip(),
         )
 
-    def by_number(document: Mapping[str, Any]) -> dict[int, float]:
-        return {result[what]: result["accuracy"] for result in document["results"] if result["accuracy"] is not None}
-
     def table(documents: Sequence[Document]) -> str:
-        changes = change_lines(documents, by_number, relative=False) if settings.baseline else []
+        changes = (
+            change_lines(documents, functools.partial(accuracy_changes, key=what), " points")
+            if settings.baseline
+            else []
+        )
         return "\n".join([accuracy_table(documents, what), *changes])
 
     return ask_models(what, settings, make_task, table)

@@ -6,7 +6,7 @@ Greedy and exact match: the answer's first tokens, as many as the key takes, mus
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from longlora.evaluation.passkey_prompts import Hidden, draw_keys, filled, origi
 from longlora.evaluation.perplexity import default_contexts
 from longlora.evaluation.prompting import PromptFormat
 from longlora.evaluation.results import Document, change_lines
-from longlora.evaluation.retrieval import Question, Task, ask_models, window_of
+from longlora.evaluation.retrieval import Question, Task, accuracy_changes, ask_models, window_of
 from longlora.model.loading import window
 from longlora.progress import Progress
 from longlora.settings import PasskeySettings
@@ -47,7 +47,7 @@ def evaluate_passkey(settings: PasskeySettings) -> Document:
     make_task = original_task if settings.interval else grid_task
 
     def table(documents: Sequence[Document]) -> str:
-        changes = change_lines(documents, _mean_by_context, relative=False) if settings.baseline else []
+        changes = change_lines(documents, accuracy_changes, " points") if settings.baseline else []
         return "\n\n".join([heat_maps(documents), *(["\n".join(changes)] if changes else [])])
 
     return ask_models("passkey", settings, functools.partial(make_task, settings), table)
@@ -137,12 +137,6 @@ def _shaded(accuracy: float | None) -> str:
     if accuracy is None:
         return f"{'–':>8}  "
     return f"{accuracy:>8.0%} {SHADES[round(accuracy * (len(SHADES) - 1))]}".replace("%", "")
-
-
-def _mean_by_context(document: Mapping[str, Any]) -> dict[int, float]:
-    contexts = dict.fromkeys(result["context"] for result in document["results"])
-    means = {c: _mean([result for result in document["results"] if result["context"] == c]) for c in contexts}
-    return {context: mean for context, mean in means.items() if mean is not None}
 
 
 def _mean(results: list[dict[str, Any]]) -> float | None:

@@ -1,15 +1,7 @@
-"""Sliding-window perplexity at several context lengths (LongLoRA section 4.2; Press et al., arXiv 2108.12409).
+"""Perplexity in sliding windows at several context lengths (LongLoRA section 4.2; Press et al., arXiv 2108.12409), all
+on one text, with the sums of each document and the 95% interval that follows from them.
 
-Windows of L tokens slide over a document by S tokens; the last one is cut at the document's end. With L = 8, S = 3 and
-a document of 16 tokens, `.` read and `#` scored:
-
-    --score last      ·#######                   --score window    ·#######
-                         .....###                                     ·#######
-                            .....###                                     ·#######
-                               .....##                                      ·######
-
-`last` scores each token once, with at least L - S tokens before it from the second window on. The first token of a
-window (`·`) has nothing to be predicted from. Loss is weighted by token over all documents.
+What is read and scored is in `longlora.evaluation.windows`. Loss is weighted by token over all documents.
 """
 
 import logging
@@ -19,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +19,11 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from longlora.errors import UserError
+from longlora.evaluation import statistics
+from longlora.evaluation.cost import announce, tokens_a_pass
+from longlora.evaluation.processes import is_first, processes, shared_out
 from longlora.evaluation.trials import TrialLog
+from longlora.evaluation.windows import Documents, Reading, as_documents, readings
 from longlora.model.lm_head import IGNORED, mixed_precision, run_token_losses, unwrapped
 from longlora.model.positions import original_context, present_context
 from longlora.progress import Progress
@@ -35,19 +31,8 @@ from longlora.settings import PerplexitySettings
 
 logger = logging.getLogger(__name__)
 
-TOKENS_A_PASS = 8192
-"""Tokens of a forward pass where `evaluation_batch` leaves the choice open."""
-
 TOKENS_A_TRIAL = 2**18
 """Tokens read for one line of a log: what a kill costs at most."""
-
-
-class Documents(Protocol):
-    """Documents as token ids, any one at a time: what `TokenizedCorpus` is."""
-
-    def __len__(self) -> int: ...
-
-    def document(self, index: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +42,24 @@ class ContextPerplexity:
     context: int
     """Window length in tokens."""
 
+    stride: int
+    """Tokens the window slides by."""
+
     perplexity: float
     """exp(nll)."""
+
+    low: float | None
+    high: float | None
+    """Its 95% interval over documents; None for one document."""
 
     nll: float
     """Mean negative log-likelihood of the scored tokens, in nats."""
 
     tokens: int
-    """Tokens scored; with `--score window`, as often as they were."""
+    """Tokens scored; with `--score window` and `stream`, as often as they were."""
+
+    tokens_read: int
+    """Tokens of all forward passes."""
 
     documents: int
     """Documents scored."""
@@ -72,34 +67,19 @@ class ContextPerplexity:
     skipped_documents: int
     """Documents left out because they are too short."""
 
+    text: str
+    """Fingerprint of the scored text."""
+
+    document_nll: tuple[float, ...]
+    """Summed negative log-likelihood of each document in nats, in their order; with `--score stream`, of the windows
+    that begin in it."""
+
+    document_tokens: tuple[int, ...]
+    """Tokens scored of each document."""
+
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, for JSON."""
-        return asdict(self)
-
-
-class Window(NamedTuple):
-    """Tokens `[begin, end)` of a document are read; those from `begin + first` on are scored."""
-
-    begin: int
-    end: int
-    first: int
-
-
-def windows(tokens: int, context: int, stride: int, score: str) -> Iterator[Window]:
-    """The windows of a document of `tokens` tokens, in order.
-
-    >>> list(windows(16, 8, 3, "last"))[1:]
-    [Window(begin=3, end=11, first=5), Window(begin=6, end=14, first=5), Window(begin=9, end=16, first=5)]
-    """
-    previous_end = 0
-    for begin in range(0, tokens, stride):
-        end = min(begin + context, tokens)
-        first = max(previous_end - begin, 1) if score == "last" else 1
-        if first < end - begin:
-            yield Window(begin, end, first)
-        if end == tokens:
-            return
-        previous_end = end
+        return asdict(self) | {"document_nll": [*self.document_nll], "document_tokens": [*self.document_tokens]}
 
 
 def default_contexts(config: PreTrainedConfig) -> tuple[int, ...]:
@@ -125,19 +105,22 @@ def perplexity(
     progress: bool = True,
     log: TrialLog | None = None,
     trials: str = "",
+    bos: int | None = None,
 ) -> list[ContextPerplexity]:
     """Perplexity at each of `settings.contexts`, in their order.
 
     The model runs in evaluation mode, with its ordinary full attention, and is left in the mode it was in. Only scored
-    tokens go through the LM head.
+    tokens go through the LM head. Processes of one launch share the windows out.
 
     Args:
         model: a causal language model of transformers, possibly wrapped (PEFT).
         documents: token ids (n,) of each document.
         settings: context lengths (default `default_contexts`, of those not below the stride) and the rest.
-        progress: show on stderr how far it is.
+        progress: say what it will take, and show on stderr how far it is.
         log: keeps the sums of every few windows as they come; what it holds already is not computed again.
         trials: what the names of this model's trials in `log` begin with.
+        bos: token to read in place of a window's first one, which is never scored, for models that cannot do without it
+            (Gemma); not with `--score stream`.
 
     Raises:
         UserError: the stride is above a context; no document is long enough; a token is not in the model's vocabulary;
@@ -145,86 +128,38 @@ def perplexity(
             not finite.
     """
     config = unwrapped(model).config
-    contexts = settings.contexts or tuple(c for c in default_contexts(config) if c >= settings.stride)
-    if settings.stride > min(contexts, default=0):
-        shortest = min(contexts or default_contexts(config))
-        raise UserError(
-            f"--stride is {settings.stride}: it must be at most the shortest context, {shortest} tokens, or tokens "
-            "between windows would never be scored; give a smaller --stride or longer --contexts."
-        )
+    contexts = settings.contexts or tuple(c for c in default_contexts(config) if c >= settings.stride_at(c))
+    contexts = contexts or default_contexts(config)
+    every = readings(as_documents(documents), contexts, settings)
     check_positions(config, contexts)
-    corpus = cast(Documents, documents) if hasattr(documents, "document") else Listed(list(documents))
-    lengths = [len(corpus.document(index)) for index in range(len(corpus))]
-    chosen = {context: _long_enough(lengths, context, settings) for context in contexts}
     log = log or TrialLog()
-
-    results = []
+    bos = None if settings.score == "stream" else bos
     with evaluating(model):
-        for context in contexts:
-            todo = [
-                (index, window)
-                for index in chosen[context]
-                for window in windows(lengths[index], context, settings.stride, settings.score)
+        if progress:
+            rows = [
+                window.end - window.begin
+                for reading in every
+                for first in range(0, len(reading.windows), _piece(reading))
+                if _trial(trials, reading, first) not in log.records
+                for _, window in reading.windows[first : first + _piece(reading)]
             ]
-            nll, tokens = _score(model, corpus, todo, context, settings, progress, log, trials)
-            if not nll / tokens < math.log(np.finfo(np.float64).max):
-                raise UserError(
-                    f"the loss at context {context} is {nll / tokens}, not a usable number: the model is damaged, or "
-                    "overflows in float16; load it in bfloat16 or float32."
-                )
-            results.append(
-                ContextPerplexity(
-                    context=context,
-                    perplexity=math.exp(nll / tokens),
-                    nll=nll / tokens,
-                    tokens=tokens,
-                    documents=len(chosen[context]),
-                    skipped_documents=sum(length < _threshold(context, settings) for length in lengths),
-                )
-            )
-    return results
+            announce("perplexity", model, rows)
+        return [_result(reading, *_score(model, reading, settings, progress, log, trials, bos)) for reading in every]
 
 
 def perplexity_report(
     model_name: str, data_name: str, settings: PerplexitySettings, results: Sequence[ContextPerplexity]
 ) -> dict[str, Any]:
-    """The JSON document of `longlora eval perplexity`."""
+    """The JSON document of `longlora eval perplexity`; `stride` is None where contexts have strides of their own."""
+    strides = {result.stride for result in results}
     return {
         "model": model_name,
         "data": data_name,
-        "stride": settings.stride,
+        "stride": strides.pop() if len(strides) == 1 else None,
         "score": settings.score,
+        "texts": settings.texts,
         "results": [result.to_dict() for result in results],
     }
-
-
-class Listed:
-    """Documents that are in memory already."""
-
-    def __init__(self, documents: list[np.ndarray]) -> None:
-        self.documents = documents
-
-    def __len__(self) -> int:
-        return len(self.documents)
-
-    def document(self, index: int) -> np.ndarray:
-        return self.documents[index]
-
-
-def _threshold(context: int, settings: PerplexitySettings) -> int:
-    return max(context, settings.min_document_tokens or 0)
-
-
-def _long_enough(lengths: list[int], context: int, settings: PerplexitySettings) -> list[int]:
-    """Indices of the documents to score at `context`."""
-    threshold = _threshold(context, settings)
-    chosen = [index for index, length in enumerate(lengths) if length >= threshold][: settings.max_documents]
-    if not chosen:
-        raise UserError(
-            f"no document has the {threshold} tokens that context {context} asks for: the longest of {len(lengths)} "
-            f"has {max(lengths, default=0)}; give longer documents, or lower --contexts and --min-document-tokens."
-        )
-    return chosen
 
 
 def check_positions(config: PreTrainedConfig, contexts: Sequence[int]) -> None:
@@ -255,41 +190,91 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def _result(reading: Reading, nll: np.ndarray, tokens: np.ndarray) -> ContextPerplexity:
+    """From the sums (windows,) of each window."""
+    of_documents = [np.bincount(reading.owners, weights=sums, minlength=reading.documents) for sums in (nll, tokens)]
+    scored = of_documents[1] > 0  # with a stream, no window may begin in the last documents
+    document_nll, document_tokens = (sums[scored].tolist() for sums in of_documents)
+    counts = [int(count) for count in document_tokens]
+    found = statistics.perplexity(document_nll, counts)
+    mean = float(nll.sum() / tokens.sum())
+    if not mean < math.log(np.finfo(np.float64).max):
+        raise UserError(
+            f"the loss at context {reading.context} is {mean}, not a usable number: the model is damaged, or "
+            "overflows in float16; load it in bfloat16 or float32."
+        )
+    return ContextPerplexity(
+        context=reading.context,
+        stride=reading.stride,
+        perplexity=math.exp(mean),
+        low=found.low,
+        high=found.high,
+        nll=mean,
+        tokens=int(tokens.sum()),
+        tokens_read=reading.tokens_read,
+        documents=reading.documents,
+        skipped_documents=reading.skipped,
+        text=reading.text,
+        document_nll=tuple(document_nll),
+        document_tokens=tuple(counts),
+    )
+
+
+def _piece(reading: Reading) -> int:
+    """Windows of one line in a log."""
+    return max(1, TOKENS_A_TRIAL // reading.context)
+
+
+def _trial(trials: str, reading: Reading, first: int) -> str:
+    """The name of such a line; with longer contexts the text may be another one."""
+    return f"{trials}{reading.context}/{reading.text}/{first}"
+
+
 def _score(
     model: nn.Module,
-    corpus: Documents,
-    todo: Sequence[tuple[int, Window]],
-    context: int,
+    reading: Reading,
     settings: PerplexitySettings,
     progress: bool,
     log: TrialLog,
     trials: str,
-) -> tuple[float, int]:
-    """Summed negative log-likelihood in nats, in float64, and the number of scored tokens, at one context length."""
-    nll, tokens, done = 0.0, 0, 0
-    piece = max(1, TOKENS_A_TRIAL // context)
-    with Progress(f"perplexity at {context}", "windows", len(todo)) if progress else nullcontext() as bar:
-        for first in range(0, len(todo), piece):
-            part, trial = todo[first : first + piece], f"{trials}{context}/{first}"
-            if trial not in log.records:
-                began, added, scored = time.monotonic(), 0.0, 0
-                for batch in _batches(part, settings.evaluation_batch):
-                    batch_nll, batch_tokens = _score_batch(model, corpus, batch)
-                    added, scored, done = added + batch_nll, scored + batch_tokens, done + len(batch)
-                    if bar is not None:
-                        so_far = math.exp(min((nll + added) / (tokens + scored), 100))
-                        bar.show(done, f"{so_far:.2f} so far")
-                seconds = round(time.monotonic() - began, 3)
-                log.append(trial, {"nll": added, "tokens": scored, "windows": len(part), "seconds": seconds})
-            nll, tokens = nll + log.records[trial]["nll"], tokens + log.records[trial]["tokens"]
-            done = first + len(part)
+    bos: int | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(windows,) summed negative log-likelihoods in nats, in float64, and counts of scored tokens."""
+    todo, piece = reading.windows, _piece(reading)
+    nll, tokens = np.zeros(len(todo)), np.array([window.end - window.begin - window.first for _, window in todo])
+    missing = []
+    for first in range(0, len(todo), piece):
+        record = log.records.get(_trial(trials, reading, first))
+        if record is None:
+            missing.append(first)
+        else:
+            nll[first : first + piece] = record["nll"]
+    done = len(todo) - sum(len(todo[first : first + piece]) for first in missing)
+    known = np.zeros(len(todo), dtype=bool)
+    batch = settings.evaluation_batch
+    title = f"perplexity at {reading.context}"
+    with Progress(title, "windows", len(todo)) if progress and is_first() else nullcontext() as bar:
+        for begin in range(0, len(missing), processes()):
+            began, firsts = time.monotonic(), missing[begin : begin + processes()]
+            places = [at for first in firsts for at in range(first, min(first + piece, len(todo)))]
+            passes = list(_batches(reading, places, batch, model))
+            for ats, sums in shared_out(passes, lambda ats: _score_batch(model, reading, ats, bos)):
+                nll[ats], known[ats], done = sums, True, done + len(ats)
+                if bar is not None:
+                    so_far = math.exp(min(nll[known].sum() / tokens[known].sum(), 100))
+                    bar.show(done, f"{so_far:.2f} so far")
+            seconds = round((time.monotonic() - began) / len(firsts), 3)
+            for first in firsts:
+                record = {"nll": nll[first : first + piece].tolist(), "seconds": seconds}
+                log.append(_trial(trials, reading, first), record)
     return nll, tokens
 
 
-def _score_batch(model: nn.Module, corpus: Documents, batch: Sequence[tuple[int, Window]]) -> tuple[float, int]:
-    """As `_score`, for windows of one length and one place of the first scored token."""
+def _score_batch(model: nn.Module, reading: Reading, places: Sequence[int], bos: int | None) -> list[float]:
+    """The sum of each window, for windows of one length and one place of the first scored token."""
+    batch = [reading.windows[place] for place in places]
     first = batch[0][1].first
-    rows = np.stack([corpus.document(index)[window.begin : window.end] for index, window in batch])
+    rows = np.stack([reading.rows.document(index)[window.begin : window.end] for index, window in batch])
     vocabulary = unwrapped(model).config.get_text_config().vocab_size
     if rows.max() >= vocabulary:
         raise UserError(
@@ -299,18 +284,22 @@ def _score_batch(model: nn.Module, corpus: Documents, batch: Sequence[tuple[int,
     input_ids = torch.from_numpy(rows.astype(np.int64)).to(next(model.parameters()).device)
     labels = torch.full_like(input_ids, IGNORED)
     labels[:, first - 1 : -1] = input_ids[:, first:]
+    if bos is not None:
+        input_ids[:, 0] = bos
     losses, _ = run_token_losses(model, {"input_ids": input_ids}, labels)
-    return losses.double().sum().item(), int((labels != IGNORED).sum())
+    return losses.double().sum(1).tolist()
 
 
-def _batches(todo: Sequence[tuple[int, Window]], batch: int) -> Iterator[list[tuple[int, Window]]]:
+def _batches(reading: Reading, places: Sequence[int], batch: int, model: nn.Module) -> Iterator[list[int]]:
     """Windows of one length and one place of the first scored token together, at most `batch` (0: automatic)."""
-    waiting: defaultdict[tuple[int, int], list[tuple[int, Window]]] = defaultdict(list)
-    for index, window in todo:
+    waiting: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    most = 0 if batch else tokens_a_pass(model, reading.context)
+    for place in places:
+        window = reading.windows[place][1]
         length = window.end - window.begin
         group = waiting[length, window.first]
-        group.append((index, window))
-        if len(group) == (batch or max(1, TOKENS_A_PASS // length)):
+        group.append(place)
+        if len(group) == (batch or max(1, most // length)):
             yield group
             del waiting[length, window.first]
     yield from waiting.values()

@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from longlora.corpus.tokens import TokenizedCorpus
+from longlora.evaluation.processes import is_first, join
+from longlora.evaluation.statistics import Estimate
 from longlora.evaluation.trials import TrialLog
+from longlora.evaluation.windows import text_fingerprint
 from longlora.model.source import resolve
 from longlora.run_directory import write_whole
 from longlora.settings import EvaluatedModelsSettings
@@ -89,6 +90,7 @@ def evaluate_each(
     Raises:
         UserError: before any work, where the trials of an evaluation that was stopped would be lost.
     """
+    join()
     models = evaluated_models(settings)
     for model in models:
         TrialLog.refuse_to_drop(model.log(what), settings.resume)
@@ -96,7 +98,7 @@ def evaluate_each(
     for model in models:
         documents.append(evaluate(model, model.log(what)))
         gc.collect()  # the weights of one model go before the next one's come
-    if not settings.json:
+    if not settings.json and is_first():
         print(table(documents))
     if settings.baseline is not None:
         return {"baseline": documents[0], "models": documents[1:]}
@@ -105,7 +107,7 @@ def evaluate_each(
 
 def keep(document: Document, file: Path | None) -> Document:
     """`document`, which is written beside the trials in `file`."""
-    if file is not None:
+    if file is not None and is_first():
         write_whole(file.with_suffix(".json"), json.dumps(document, indent=1) + "\n")
     return document
 
@@ -142,33 +144,37 @@ def weights_fingerprint(name: str, revision: str | None) -> str:
 
 def data_fingerprint(corpus: TokenizedCorpus) -> str:
     """Changes with any token or the end of any document: results with the same one are of the same text."""
-    digest = hashlib.sha256()
-    for array in (corpus.offsets, corpus.tokens):
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()[:16]
+    return text_fingerprint(corpus.document(index) for index in range(len(corpus)))
 
 
 def change_lines(
-    documents: Sequence[Mapping[str, Any]], values: Callable[[Mapping[str, Any]], dict[int, float]], relative: bool
+    documents: Sequence[Document], changes: Callable[[Document, Document], Mapping[int, Estimate]], unit: str
 ) -> list[str]:
     """For people: how far each document's values are from the first one's, the baseline's, where both have any.
 
     Args:
         documents: the baseline's first.
-        values: of one document, by context.
-        relative: in percent of the baseline's value, else in percentage points of a share.
+        changes: of one document from the baseline's, as shares, by context.
+        unit: `%` of the baseline's value, or ` points`.
     """
-    before = values(documents[0])
     lines = []
     for document in documents[1:]:
-        parts = []
-        for context, value in values(document).items():
-            if context in before and not (relative and before[context] == 0):
-                change = 100 * (value / before[context] - 1 if relative else value - before[context])
-                parts.append(f"{context:,} {change:+.1f}{'%' if relative else ' points'}")
+        parts = [f"{context:,} {in_words(change, unit)}" for context, change in changes(document, documents[0]).items()]
         if parts:
             lines.append(f"{document['label']} against {documents[0]['label']}: {', '.join(parts)}")
     return lines
+
+
+def in_words(change: Estimate, unit: str) -> str:
+    """A change in hundredths with its interval.
+
+    >>> in_words(Estimate(-0.031, -0.045, -0.017), "%"), in_words(Estimate(0.2, None, None), " points")
+    ('-3.1% (-4.5 to -1.7)', '+20.0 points')
+    """
+    said = f"{100 * change.value:+.1f}{unit}"
+    if change.low is None or change.high is None:
+        return said
+    return f"{said} ({100 * change.low:+.1f} to {100 * change.high:+.1f})"
 
 
 def _folder(name: str, output: str | None, beside: str) -> Path | None:

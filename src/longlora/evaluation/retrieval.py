@@ -5,6 +5,7 @@ judged and appended to a log as it comes; accuracy is the mean over the question
 depth. Questions that do not fit are counted, never cut.
 """
 
+import itertools
 import json
 import logging
 import time
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from longlora.errors import UserError
+from longlora.evaluation import statistics
 from longlora.evaluation.generation import generate_each
 from longlora.evaluation.loading import load_evaluated, stretching
 from longlora.evaluation.perplexity import check_positions
@@ -30,6 +32,7 @@ from longlora.evaluation.results import (
     say_where_results_go,
     weights_fingerprint,
 )
+from longlora.evaluation.statistics import Estimate
 from longlora.evaluation.trials import Record, TrialLog
 from longlora.model.lm_head import unwrapped
 from longlora.model.loading import window
@@ -92,9 +95,9 @@ def ask_models(
 
     Returns:
         For one model `{"model", "label", "task", …, "window", "seconds", "results"}`; for several, or with a baseline,
-        as `longlora.evaluation.results.evaluate_each`. A result has its cell, `accuracy` (None where nothing was
-        asked), `trials`, `skipped` (prompts that do not fit) and `tokens` (mean prompt length, which is also `context`
-        where the cell has none).
+        as `longlora.evaluation.results.evaluate_each`. A result has its cell, `accuracy` (None where nothing was asked)
+        with its 95% interval `low` to `high`, `trials`, `scores` (of each prompt asked), `skipped` (prompts that do not
+        fit) and `tokens` (mean prompt length, which is also `context` where the cell has none).
 
     Raises:
         UserError: a model or tokenizer that does not serve, no question that fits, or results that cannot be kept.
@@ -126,19 +129,48 @@ def summarize(task: Task, records: Mapping[str, Record]) -> list[dict[str, Any]]
     results = []
     for questions in cells.values():
         asked = [question for question in questions if question.trial in records]
-        right = sum(bool(records[question.trial]["correct"]) for question in asked)
+        scores = [int(records[question.trial]["correct"]) for question in asked]
+        found = statistics.share(sum(scores) / len(scores), len(scores)) if scores else None
         tokens = round(float(np.mean([len(question.tokens) for question in asked or questions])))
         results.append(
             {
                 "context": tokens,
                 **questions[0].cell,
-                "accuracy": right / len(asked) if asked else None,
+                "accuracy": found.value if found else None,
+                "low": found.low if found else None,
+                "high": found.high if found else None,
                 "trials": len(asked),
+                "scores": scores,
                 "skipped": len(questions) - len(asked),
                 "tokens": tokens,
             }
         )
     return results
+
+
+def accuracy_changes(
+    document: Mapping[str, Any], before: Mapping[str, Any], key: str = "context"
+) -> dict[int, Estimate]:
+    """By `key` of the cells, how far accuracy is from what it was, as a share, where both models were asked."""
+
+    def scores(of: Mapping[str, Any]) -> dict[int, list[list[float]]]:
+        found: dict[int, list[list[float]]] = {}
+        for result in of["results"]:
+            found.setdefault(result[key], []).append(result["scores"])
+        return found
+
+    found = {}
+    earlier = scores(before)
+    for at, cells in scores(document).items():
+        one, other = (list(itertools.chain(*each)) for each in (cells, earlier.get(at, [])))
+        if not one or not other:
+            continue
+        if [len(cell) for cell in cells] == [len(cell) for cell in earlier[at]]:
+            found[at] = statistics.share_change(one, other)
+        else:
+            means = (sum(each) / len(each) for each in (one, other))
+            found[at] = statistics.share_change_apart(next(means), len(one), next(means), len(other))
+    return found
 
 
 def _ask(task_name: str, name: str, file: Path | None, settings: RetrievalSettings, make_task: MakeTask) -> Document:

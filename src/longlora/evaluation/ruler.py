@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from longlora.errors import UserError
+from longlora.evaluation import statistics
 from longlora.evaluation.generation import generate_each
 from longlora.evaluation.loading import load_evaluated, require_lm_eval, stretching
 from longlora.evaluation.perplexity import check_positions, default_contexts
@@ -24,6 +25,8 @@ from longlora.evaluation.results import (
     say_where_results_go,
     weights_fingerprint,
 )
+from longlora.evaluation.retrieval import accuracy_changes
+from longlora.evaluation.statistics import Estimate
 from longlora.evaluation.trials import TrialLog
 from longlora.model.lm_head import unwrapped
 from longlora.model.loading import window
@@ -59,7 +62,7 @@ def evaluate_ruler(settings: RulerSettings) -> Document:
 
     def tables(documents: Sequence[Document]) -> str:
         each = [ruler_table(document) for document in documents]
-        changes = change_lines(documents, _average_by_context, relative=False) if settings.baseline else []
+        changes = change_lines(documents, _average_changes, " points") if settings.baseline else []
         return "\n\n".join([*each, *(["\n".join(changes)] if changes else [])])
 
     return evaluate_each("ruler", settings, evaluate, tables)
@@ -77,9 +80,15 @@ def averages(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[dict
     if not common:
         return [], []
     return common, [
-        {"context": context, "accuracy": sum(found[context, name] for name in common) / len(common)}
+        _average(context, [cell for cell in results if cell["context"] == context and cell["task"] in common])
         for context in contexts
     ]
+
+
+def _average(context: int, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    mean = sum(cell["accuracy"] for cell in cells) / len(cells)
+    found = statistics.share(mean, min(cell["trials"] for cell in cells) * len(cells))
+    return {"context": context, "accuracy": mean, "low": found.low, "high": found.high}
 
 
 def effective_length(means: Sequence[Mapping[str, Any]], threshold: float) -> int | None:
@@ -221,11 +230,16 @@ def _ask(task: Any, model: Any, form: PromptFormat, limit: int, settings: RulerS
             score = task.score(sample, text)
             answers[indices[at]] = {"expected": sample["outputs"], "answer": text, "score": score}
     asked = sorted(answers)
+    scores = [answers[index]["score"] for index in asked]
+    found = statistics.share(sum(scores) / len(scores), len(scores)) if scores else None
     return {
         "context": task.context,
         "task": task.name,
-        "accuracy": sum(answers[index]["score"] for index in asked) / len(asked) if asked else None,
+        "accuracy": found.value if found else None,
+        "low": found.low if found else None,
+        "high": found.high if found else None,
         "trials": len(asked),
+        "scores": scores,
         "skipped": len(samples) - len(asked),
         "tokens": round(sum(len(prompts[index]) for index in asked) / len(asked)) if asked else None,
         "seconds": round(time.monotonic() - began, 3),
@@ -240,8 +254,10 @@ def _prompt(task: Any, form: PromptFormat, sample: dict[str, Any]) -> Any:
     return form.tokens(task.prompt_text(sample))
 
 
-def _average_by_context(document: Mapping[str, Any]) -> dict[int, float]:
-    return {mean["context"]: mean["accuracy"] for mean in document["averages"]}
+def _average_changes(document: Mapping[str, Any], before: Mapping[str, Any]) -> dict[int, Estimate]:
+    common = set(document["average_over"]) & set(before["average_over"])
+    kept = [{"results": [cell for cell in each["results"] if cell["task"] in common]} for each in (document, before)]
+    return accuracy_changes(kept[0], kept[1])
 
 
 def _percent(share: float | None) -> str:

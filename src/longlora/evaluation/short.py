@@ -13,6 +13,7 @@ from typing import Any
 
 from longlora.corpus.tokens import TokenizedCorpus, tokenize_corpus
 from longlora.errors import UserError
+from longlora.evaluation import statistics
 from longlora.evaluation.loading import data_name, held_out, load_evaluated, require_lm_eval, same_tokens, stretching
 from longlora.evaluation.perplexity import perplexity
 from longlora.evaluation.results import (
@@ -20,10 +21,12 @@ from longlora.evaluation.results import (
     Evaluated,
     data_fingerprint,
     evaluate_each,
+    in_words,
     keep,
     say_where_results_go,
     weights_fingerprint,
 )
+from longlora.evaluation.statistics import Estimate
 from longlora.evaluation.trials import TrialLog
 from longlora.model.loading import load_config, load_tokenizer, locate, window
 from longlora.settings import EvaluateShortSettings, PerplexitySettings
@@ -59,10 +62,11 @@ def evaluate_short(settings: EvaluateShortSettings) -> Document:
 
     Returns:
         For one model `{"model", "label", "baseline", "data", "stride", "score", …, "results": [{"context", "before",
-        "after", "change_percent", "verdict", "tokens", "documents", "skipped_documents"}], "tasks": [{"task", "metric",
-        "before", "after", "change_percent", "verdict", "samples", "cut"}], "seconds"}`; for several `{"models": [one
-        such document each]}`. `before` and `after` are perplexities, or values of the metric; `change_percent` is
-        after / before - 1 in percent, None where before is 0; `cut` counts the requests that are longer than the
+        "after", "change_percent", "low", "high", "verdict", "stride", "text", "tokens", "documents",
+        "skipped_documents"}], "tasks": [{"task", "metric", "before", "after", "change_points", "low", "high",
+        "verdict", "samples", "cut"}], "seconds"}`; for several `{"models": [one such document each]}`. `before` and
+        `after` are perplexities, or values of the metric; `change_percent` is after / before - 1 in percent, with its
+        95% interval; `cut` counts the requests that are longer than the
         window, of which only the end was read.
 
     Raises:
@@ -83,7 +87,7 @@ def evaluate_short(settings: EvaluateShortSettings) -> Document:
             **stretching(settings),
             "baseline": plan.baseline,
             "data": data_name(settings.corpus),
-            "stride": settings.perplexity.stride,
+            "stride": settings.perplexity.stride if isinstance(settings.perplexity.stride, int) else None,
             "score": settings.perplexity.score,
             "data_fingerprint": data_fingerprint(corpus),
             "max_documents": plan.perplexity.max_documents,
@@ -126,20 +130,21 @@ def baseline_of(name: str, settings: EvaluateShortSettings) -> tuple[str, str | 
     return source.base, source.base_revision
 
 
-def verdict(before: float, after: float, higher_is_better: bool) -> str:
-    """The change in words, as a share of what it was before.
+def verdict(change: Estimate, higher_is_better: bool, unit: str) -> str:
+    """A change in words: none, where zero is inside its interval.
 
-    >>> verdict(11.51, 11.91, higher_is_better=False), verdict(0.50, 0.52, higher_is_better=True)
-    ('regressed by 3.5%', 'improved by 4.0%')
+    >>> verdict(Estimate(0.035, 0.02, 0.05), higher_is_better=False, unit="%")
+    'regressed: +3.5% (+2.0 to +5.0)'
+    >>> verdict(Estimate(0.02, -0.08, 0.12), higher_is_better=True, unit=" points")
+    'no difference shown: +2.0 points (-8.0 to +12.0)'
     """
-    if before == 0:
-        change, amount = after, f"from 0 to {after:.3g}"
-    else:
-        change = after / before - 1
-        amount = f"by {abs(change):.1%}"
-    if amount in ("by 0.0%", "from 0 to 0"):
+    if change.value == 0:
         return "unchanged"
-    return f"{'improved' if (change > 0) == higher_is_better else 'regressed'} {amount}"
+    if change.is_zero:
+        said = "no difference shown"
+    else:
+        said = "improved" if (change.value > 0) == higher_is_better else "regressed"
+    return f"{said}: {in_words(change, unit)}" + ("" if change.is_zero is not None else ", from one document")
 
 
 def short_tables(documents: Sequence[Document]) -> str:
@@ -196,7 +201,7 @@ def _with_contexts(settings: PerplexitySettings, both: int | None) -> Perplexity
     if not contexts and both is None:
         raise UserError("neither model's config tells its window: give --contexts.")
     if not contexts and both is not None:
-        contexts = tuple(context for context in (both // 4, both // 2, both) if context >= settings.stride)
+        contexts = tuple(context for context in (both // 4, both // 2, both) if context >= settings.stride_at(context))
     if not contexts:
         raise UserError(f"--stride is {settings.stride}: it must be at most the shorter window, {both} tokens.")
     return replace(settings, contexts=contexts, min_document_tokens=settings.min_document_tokens or max(contexts))
@@ -265,8 +270,14 @@ def _compare(before: Measured, after: Measured) -> Document:
     results = [
         {
             "context": one["context"],
-            **_change(one["perplexity"], other["perplexity"], higher_is_better=False),
-            **{name: one[name] for name in ("tokens", "documents", "skipped_documents")},
+            **_change(
+                one["perplexity"],
+                other["perplexity"],
+                statistics.perplexity_change(other["document_nll"], one["document_nll"], one["document_tokens"]),
+                higher_is_better=False,
+                unit="%",
+            ),
+            **{name: one[name] for name in ("stride", "text", "tokens", "documents", "skipped_documents")},
         }
         for one, other in zip(before.perplexities, after.perplexities, strict=True)
     ]
@@ -274,7 +285,13 @@ def _compare(before: Measured, after: Measured) -> Document:
         {
             "task": one["task"],
             "metric": one["metric"],
-            **_change(one["value"], other["value"], one["higher_is_better"]),
+            **_change(
+                one["value"],
+                other["value"],
+                Estimate(other["value"] - one["value"], None, None),
+                one["higher_is_better"],
+                unit=" points",
+            ),
             "samples": one["samples"],
             "cut": other["cut"],
         }
@@ -287,10 +304,11 @@ def _compare(before: Measured, after: Measured) -> Document:
     }
 
 
-def _change(before: float, after: float, higher_is_better: bool) -> dict[str, Any]:
+def _change(before: float, after: float, change: Estimate, higher_is_better: bool, unit: str) -> dict[str, Any]:
+    hundred = [None if value is None else 100 * value for value in change]
     return {
         "before": before,
         "after": after,
-        "change_percent": 100 * (after / before - 1) if before else None,
-        "verdict": verdict(before, after, higher_is_better),
+        **dict(zip(("change_percent" if unit == "%" else "change_points", "low", "high"), hundred, strict=True)),
+        "verdict": verdict(change, higher_is_better, unit),
     }

@@ -12,11 +12,12 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from longlora.errors import UserError
+from longlora.evaluation.processes import told_by_first
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ class TrialLog:
     def opened(cls, file: Path | None, about: Mapping[str, Any], resume: bool) -> Iterator["TrialLog"]:
         """The log in `file`, held for this process; without a file, one that is forgotten.
 
+        Of several processes the first one holds and writes the file; the others know what it read, and append the same.
+
         A last line that a kill cut short is dropped. With the first new trial the results document beside the log goes:
         it is written anew when all trials are there, and so tells a finished evaluation from one that was stopped. What
         ends without a trial leaves everything as it was.
@@ -66,6 +69,21 @@ class TrialLog:
         if file is None:
             yield cls()
             return
+        log = cls()
+        with ExitStack() as held:
+
+            def read() -> dict[str, Record]:
+                nonlocal log
+                log = held.enter_context(cls._held(file, about, resume))
+                return log.records
+
+            log.records = told_by_first(read)
+            yield log
+
+    @classmethod
+    @contextmanager
+    def _held(cls, file: Path, about: Mapping[str, Any], resume: bool) -> Iterator["TrialLog"]:
+        """`opened`, in the process that writes."""
         log = cls(file)
         cls.refuse_to_drop(file, resume)
         try:

@@ -1,7 +1,7 @@
 """Knobs of `longlora eval`. "Paper" is LongLoRA, arXiv 2309.12307."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -9,40 +9,65 @@ from longlora.errors import UserError, check_choice
 from longlora.settings.fields import DTYPES, CommandSettings, LoadSettings, Tokens, at_least, choice
 from longlora.settings.model import METHODS, CorpusSettings
 
-SCORES = ("last", "window")
+SCORES = ("last", "window", "stream")
+
+TEXTS = ("one", "each")
+
+PAPER_STRIDE = 256
+"""Tokens that the paper's windows slide by (section 4.1)."""
+
+STRIDES_A_CONTEXT = 8
+"""How often a window slides before it has passed a token, where the stride is chosen for the context."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexitySettings:
-    """Sliding-window perplexity (paper section 4.2 with its stride of 256)."""
+    """Sliding-window perplexity (paper section 4.2)."""
 
     contexts: Tokens = ()
     """Context lengths to test, in tokens; default every doubling from the original window to the present one."""
 
-    stride: int = 256
-    """Tokens the window slides by (paper section 4.1: 256)."""
+    texts: Annotated[str, choice(TEXTS)] = "one"
+    """`one` scores the same documents at all contexts, those as long as the longest; `each` at each context all that
+    are as long as that one, so that a curve runs through different texts."""
+
+    stride: int | Literal["auto", "paper"] = "auto"
+    """Tokens the window slides by; `auto` an eighth of the context and at least 256, so that no token is read more than
+    nine times; `paper` 256 at every context (paper section 4.1), as with `--score stream`."""
 
     score: Annotated[str, choice(SCORES)] = "last"
-    """`last` scores the newest tokens of each window, each token once; `window` averages whole windows (the paper)."""
+    """`last` scores the newest tokens of each window, each token once; `window` averages whole windows; `stream` is the
+    paper's own script: whole windows over all documents end to end."""
 
     evaluation_batch: int = 0
-    """Windows a forward pass; 0 chooses about 8,192 tokens a pass."""
+    """Windows a forward pass; 0 chooses for the memory that is free."""
 
     max_documents: int | None = None
     """Evaluate only the first this many documents that are long enough."""
 
     min_document_tokens: int | None = None
-    """Leave out documents shorter than this at every context, so that all contexts see the same text; default: each
-    context its own length."""
+    """Leave out documents shorter than this, too."""
 
     def __post_init__(self) -> None:
         for context in self.contexts:
             at_least("contexts", context, 2, "tokens")
-        at_least("stride", self.stride, 1, "tokens")
+        if isinstance(self.stride, int):
+            at_least("stride", self.stride, 1, "tokens")
+        else:
+            check_choice("--stride", self.stride, ("auto", "paper"))
         at_least("evaluation-batch", self.evaluation_batch, 0, "windows")
         if self.max_documents is not None:
             at_least("max-documents", self.max_documents, 1)
         check_choice("--score", self.score, SCORES)
+        check_choice("--texts", self.texts, TEXTS)
+
+    def stride_at(self, context: int) -> int:
+        """Tokens that a window of `context` tokens slides by."""
+        if isinstance(self.stride, int):
+            return self.stride
+        if self.stride == "paper" or self.score == "stream":
+            return PAPER_STRIDE
+        return min(context, max(PAPER_STRIDE, context // STRIDES_A_CONTEXT))
 
 
 @dataclass(frozen=True, kw_only=True)

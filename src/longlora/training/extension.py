@@ -228,10 +228,6 @@ def measure(
         "order": order,
         **perplexity_report(settings.model, data.held_out_name, ways[0], results),
     }
-    if len(ways) > 1:
-        strides = [way.stride for way in ways for _ in way.contexts]
-        document["stride"] = None
-        document["results"] = [r | {"stride": stride} for r, stride in zip(document["results"], strides, strict=True)]
     logger.info("  %s", "  ".join(f"{r.context:,}: {r.perplexity:.2f}" for r in results))
     run.write_evaluation(file, document)
     return document
