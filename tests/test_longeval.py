@@ -294,6 +294,9 @@ def test_lines_through_a_chat_template(asked_of, tmp_path, capsys):
     document = evaluate_lines(LinesSettings(models=(folder,), data=data))
     assert prompts[0] == f"<user>{FIRST_LINES['prompt']}\n<a>"
     mean = round(sum(map(len, prompts[:2])) / 2)
+    intervals = [(result.pop("low"), result.pop("high")) for result in document["results"]]
+    assert [low <= accuracy <= high for (low, high), accuracy in zip(intervals, (0.5, 0.0), strict=True)] == [True] * 2
+    assert [result.pop("scores") for result in document["results"]] == [[1, 0], [0]]
     assert document["results"] == [
         {"context": mean, "lines": 5, "accuracy": 0.5, "trials": 2, "skipped": 0, "tokens": mean},
         {

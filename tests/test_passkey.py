@@ -313,7 +313,10 @@ def test_a_prompt_exactly_at_the_window_is_asked_and_one_beyond_is_not(learned, 
             "context": context,
             "depth": 0.5,
             "accuracy": 1.0,
+            "low": pytest.approx(1 / (1 + 1.959964**2)),  # Wilson's end for one of one
+            "high": 1.0,
             "trials": 1,
+            "scores": [1],
             "skipped": 0,
             "tokens": context - 6,
         }
