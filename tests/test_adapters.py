@@ -18,9 +18,9 @@ from longlora.model.adapters import (
     merge_adapters,
     norm_modules,
     parameter_groups,
-    save_adapter,
     trainable_summary,
 )
+from longlora.model.saving import save_adapter
 from longlora.settings import TrainableSettings, TrainingSettings
 
 PROJECTIONS = {

@@ -18,13 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, modeling_utils
 
 from longlora.cli import main
 from longlora.errors import UserError
-from longlora.model.adapters import add_adapters, save_adapter
+from longlora.model.adapters import add_adapters
 from longlora.model.lm_head import causal_lm_loss
 from longlora.model.memory_saving import liger_loss, offloaded_optimizer
 from longlora.model.memory_saving.four_bit_base import four_bit_is_here, quantise_base
 from longlora.model.memory_saving.offloaded_activations import checkpoint_layers
 from longlora.model.memory_saving.offloaded_optimizer import OffloadedAdamW
 from longlora.model.memory_saving.tiled_mlp import TiledForward, tile_mlp
+from longlora.model.saving import save_adapter
 from longlora.planner import choosing
 from longlora.planner.choosing import MemoryNeed, choose_memory
 from longlora.planner.fitting import Fit

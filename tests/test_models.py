@@ -16,8 +16,9 @@ from tiny_runs import FACTOR, disturb, extend, logits, make_run, save_base
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from longlora.errors import UserError
-from longlora.model.adapters import add_adapters, merge_adapters, save_adapter
+from longlora.model.adapters import add_adapters, merge_adapters
 from longlora.model.loading import load, load_config, load_tokenizer
+from longlora.model.saving import save_adapter
 from longlora.model.source import locate, resolve
 
 
@@ -123,11 +124,15 @@ def test_a_run_on_a_run(run: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(again), logits(plain), rtol=0, atol=5e-5)
 
 
-def test_an_adapter_from_elsewhere_needs_no_config_and_no_tokenizer(base: Path, run: Path, tmp_path: Path) -> None:
+def test_an_adapter_from_elsewhere_needs_its_config_but_no_tokenizer(base: Path, run: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(run / "adapter" / name, elsewhere)
+    for reader in (load, load_config, load_tokenizer):
+        with pytest.raises(UserError, match=r"no config.json beside it.*window.*save there the config of the model"):
+            reader(elsewhere)
+    AutoConfig.from_pretrained(base).save_pretrained(elsewhere)  # "its base's own", as that sentence advises
     model, tokenizer = load(elsewhere)
     assert model.config.max_position_embeddings == 64
     assert tokenizer("déjà")["input_ids"] == AutoTokenizer.from_pretrained(base)("déjà")["input_ids"]
@@ -379,8 +384,7 @@ def test_adapter_of_another_base(
 def test_stock_adapter_of_another_base(
     tiny_model: Any, tiny_tokenizer: Any, base: Path, run: Path, tmp_path: Path, change: dict[str, Any], sentence: str
 ) -> None:
-    # Without a config.json of its own, as any PEFT adapter is: PEFT itself only warns, or says nothing.
-    (run / "adapter" / "config.json").unlink()
+    # With its base's own config.json, so that only the tensors tell: PEFT itself warns of them, or says nothing.
     (run / "adapter").rename(tmp_path / "adapter")
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     if "num_hidden_layers" in change:
@@ -390,6 +394,7 @@ def test_stock_adapter_of_another_base(
     shutil.rmtree(base)
     fields = {"vocab_size": 257, "tie_word_embeddings": True} | change
     save_base(base, tiny_model("llama", **fields), tiny_tokenizer())
+    shutil.copy(base / "config.json", tmp_path / "adapter")
     with pytest.raises(UserError, match=rf"does not fit its base '.*': .*{sentence}"):
         load(tmp_path / "adapter")
 
@@ -424,7 +429,7 @@ def test_run_directories_that_are_not_finished(run: Path) -> None:
     shutil.copytree(run / "adapter", checkpoint)
     assert torch.equal(logits(load(checkpoint)[0]), logits(load(run)[0]))
     (checkpoint / "config.json").unlink()
-    with pytest.raises(UserError, match=r"lacks the extended config.json of its run"):
+    with pytest.raises(UserError, match=r"has no config.json beside it"):
         load(checkpoint)
     (run / "adapter" / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has not finished.*its last checkpoint is checkpoint-100.*--resume"):

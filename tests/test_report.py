@@ -528,8 +528,9 @@ def test_the_command_gives_the_settings_of_the_run(tmp_path):
 def test_the_python_that_it_shows_gives_the_trained_model(tmp_path, tiny_model, tiny_tokenizer):
     import torch
 
-    from longlora.model.adapters import add_adapters, save_adapter
+    from longlora.model.adapters import add_adapters
     from longlora.model.positions import extend_positions
+    from longlora.model.saving import save_adapter
 
     torch.manual_seed(0)
     base = tiny_model("llama")

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from longlora.model.adapters import add_adapters, save_adapter
+from longlora.model.adapters import add_adapters
 from longlora.model.positions import extend_positions, present_context
+from longlora.model.saving import save_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

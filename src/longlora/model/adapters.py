@@ -10,8 +10,7 @@ one stays frozen, as in the paper's code.
 
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,11 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+import longlora.model.saving  # noqa: F401  (whoever saves these adapters, their positions go along)
 from longlora.errors import UserError, check_choice
 from longlora.settings import TRAINABLE, TrainableSettings, TrainingSettings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def add_adapters(
@@ -281,18 +278,6 @@ def trainable_summary(model: nn.Module) -> dict[str, Any]:
             groups[names[name]] = groups.get(names[name], 0) + parameter.numel()
     trainable = sum(groups.values())
     return {"parameters": total, "trainable": trainable, "share": trainable / total, "groups": groups}
-
-
-def save_adapter(model: PeftModel, folder: str | Path, tokenizer: "PreTrainedTokenizerBase | None" = None) -> None:
-    """Writes a stock PEFT adapter folder, with the base model's (extended) config.json and the tokenizer beside it."""
-    folder = Path(folder)
-    # Without the argument PEFT asks the hub about the base model's vocabulary, which this package never changes.
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    base = cast(PreTrainedModel, model.get_base_model())
-    base.config.architectures = [type(base).__name__]  # a GGUF states none
-    base.config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
 
 
 def merge_adapters(model: PeftModel) -> PreTrainedModel:

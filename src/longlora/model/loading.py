@@ -169,8 +169,6 @@ def quiet(gguf: bool = False) -> Iterator[None]:
 
 
 def _config(source: ModelSource, trust_remote_code: bool) -> PreTrainedConfig:
-    if source.is_adapter and not source.file("config.json").is_file():
-        return _config(base_of(source), trust_remote_code)
     with _reading(f"the config of '{source.name}'"):
         if source.kind == "gguf":
             path = Path(source.location)
@@ -248,7 +246,9 @@ def _network(
                 f"adapter '{source.name}' does not fit its base '{below.name}': {field} is {given} there and "
                 f"{needed} in the adapter's config.json."
             )
-    config.dtype = base_config.dtype
+    for field in ("dtype", "use_cache"):  # in the adapter's config they are what it was trained with
+        if hasattr(base_config, field):
+            setattr(config, field, getattr(base_config, field))
     base = _network(below, config, dtype, trust_remote_code)
     if isinstance(base, PeftModel):
         base = _merged(base, below)

@@ -109,6 +109,9 @@ def extend_positions(
     if not isinstance(context, int) or context < 2:
         raise UserError(f"context is {context!r}: it must be a whole number of tokens, at least 2.")
     model = config_or_model if isinstance(config_or_model, nn.Module) else None
+    if model is not None:
+        # here, for it imports PEFT, which whoever has only a config can do without
+        import longlora.model.saving  # noqa: F401  (whoever adds adapters and saves them, these positions go along)
     config = text_config(config_or_model)
     _check_parameters(method, parameters)
     rotary = _rotary_modules(model, config) if model is not None else []

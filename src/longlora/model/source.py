@@ -162,9 +162,13 @@ def _adapter(name: str, folder: Path) -> ModelSource:
         raise UserError(
             f"adapter '{name}' has no {ADAPTER_WEIGHTS}{pickled}: save it again with PEFT's save_pretrained."
         )
-    if run is not None and not (folder / "config.json").is_file():
-        # Without it the base would come up with its original positions, and silently be a different model.
-        raise UserError(f"'{name}' lacks the extended config.json of its run: give the run directory instead.")
+    if not (folder / "config.json").is_file():
+        # The base would come up with a window of its own, and silently be a different model.
+        raise UserError(
+            f"adapter '{name}' has no config.json beside it, so nobody knows the window that it was trained for: save "
+            f"there the config of the model that was trained (`model.config.save_pretrained('{name}')` after "
+            "longlora.extend_positions); for an adapter that left the positions as they were that is its base's own."
+        )
     try:
         recorded = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
@@ -179,7 +183,7 @@ def _adapter(name: str, folder: Path) -> ModelSource:
         raise UserError(f"adapter '{name}' does not say its base: set base_model_name_or_path in {ADAPTER_CONFIG}.")
     here = [base for base in candidates if base == "demo" or Path(base).expanduser().exists()]
     base = (here or candidates)[0]
-    if Path(base).expanduser().absolute() in (folder, folder.parent):
+    if Path(base).expanduser().absolute() in (folder, *([folder.parent] if run is not None else [])):
         raise UserError(f"adapter '{name}' names itself as its base: set base_model_name_or_path in {ADAPTER_CONFIG}.")
     return ModelSource(
         name=name,

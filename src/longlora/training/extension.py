@@ -20,11 +20,12 @@ from longlora.corpus.tokens import tokenize_corpus
 from longlora.errors import UserError
 from longlora.evaluation.command import perplexity_table
 from longlora.evaluation.perplexity import default_contexts, perplexity, perplexity_report
-from longlora.model.adapters import add_adapters_from, save_adapter, trainable_summary
+from longlora.model.adapters import add_adapters_from, trainable_summary
 from longlora.model.lm_head import unwrapped
 from longlora.model.loading import load, load_config
 from longlora.model.memory_saving.in_the_model import save_memory_in
 from longlora.model.positions import PositionExtension, extend_positions, present_context
+from longlora.model.saving import save_adapter
 from longlora.planner.choosing import MemoryNeed, choose_memory
 from longlora.report.page import write_report
 from longlora.run_directory import RunDirectory
