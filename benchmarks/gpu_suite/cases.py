@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-PARTS = ("environment", "parity", "attention", "scatter", "step", "ladder", "compile", "memory")
+PARTS = ("environment", "parity", "attention", "scatter", "step", "ladder", "memory")
 
 BACKENDS = ("sdpa", "varlen", "flash", "flex", "eager")
 
@@ -68,18 +68,7 @@ def gpu_cases() -> list[Case]:
         rung("checkpointing", 50),
         attention(8192, 10),
     ]
-    compiled = case(
-        "compile",
-        f"{model}, 4 layers",
-        "compiled:compiled_step",
-        40,
-        model=model,
-        layers=4,
-        context=8192,
-        device="cuda",
-    )
     rest = [
-        compiled,
         attention(65536, 20),
         attention(16384, 10),
         attention(8192, 10, "scatter"),
@@ -114,6 +103,5 @@ def small_cases() -> list[Case]:
             case("ladder", name, "ladder:rung", **climbing, rung=name, probes=[64, 128], limit=60_000_000)
             for name in RUNGS
         ),
-        case("compile", model, "compiled:compiled_step", model=model, layers=1, context=64, device="cpu", repeats=1),
         case("memory", "128", "parts:memory", model=model, layers=1, context=128),
     ]

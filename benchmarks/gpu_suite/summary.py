@@ -20,7 +20,6 @@ def summary(records: Records, cases: Sequence[Case]) -> str:
         ("Attention, forward + backward", _attention),
         ("A whole training step", _steps),
         ("The longest context, switch by switch", _ladder),
-        ("torch.compile", _compiled),
         ("Memory: predicted and measured", _memory),
     ]
     for title, section in sections:
@@ -89,10 +88,6 @@ def _asked(found: dict[str, Any]) -> Iterator[str]:
         rows.append(("longest context, nothing offloaded", "≥ 100,000", *_verdict(max(without), least=100_000)))
     if offloaded:
         rows.append(("longest context, offloaded", "≥ 512,000", *_verdict(max(offloaded), least=512_000)))
-    for _, result in _part(found, "compile"):
-        breaks = f"{result['graph_breaks']} breaks, loss {'the same' if result['same_loss'] else 'differs'}"
-        good = not result["graph_breaks"] and result["same_loss"]
-        rows.append(("torch.compile", "no break, same loss", breaks, "yes" if good else "NO"))
     if len(rows) > 1:
         yield from _table(rows)
 
@@ -186,17 +181,6 @@ def _ladder(found: dict[str, Any]) -> Iterator[str]:
         )
     if len(rows) > 1:
         yield from _table(rows)
-
-
-def _compiled(found: dict[str, Any]) -> Iterator[str]:
-    for key, result in _part(found, "compile"):
-        losses, seconds = result["loss"], result["seconds"]
-        yield (
-            f"{key}: {result['graphs']} graphs, {result['graph_breaks']} breaks; loss {losses['eager']:.5f} eager and "
-            f"{losses['compiled']:.5f} compiled; {seconds['eager']:.3f} s and {seconds['compiled']:.3f} s forward + "
-            f"backward; compiling took {result['compile_seconds']:.0f} s."
-        )
-        yield from (f"- {count} × {reason}" for reason, count in result["reasons"].items())
 
 
 def _memory(found: dict[str, Any]) -> Iterator[str]:

@@ -9,11 +9,14 @@
     longlora.save_adapter(model, "adapter", tokenizer)
 
 `__all__` is what the package promises; docs/integrations.md shows it with Trainer, TRL and a loop of one's own.
-Everything is imported when it is first used, so that `import longlora` costs nothing.
+Everything is imported when it is first used, so that `import longlora` costs nothing. Transformers then knows
+`attn_implementation="s2_attn"`.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from longlora.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from longlora.attention.patterns import Draw
@@ -64,3 +67,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register_with_transformers()

@@ -44,6 +44,7 @@ def first_and_last_key(layout: VarlenLayout) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def layout_mask(layout: VarlenLayout) -> BlockMask:
     """The mask of the queries and keys of `layout`, for every head and row alike."""
     first, last = first_and_last_key(layout)

@@ -119,6 +119,7 @@ def documents_from_model_inputs(
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a plan outlives the pass that made it, and its tensors are saved for backward
 def plan(
     documents: Documents,
     length: int,

@@ -1,13 +1,11 @@
-"""What the attention layers of one model share, and what each of them computes from it."""
+"""What the attention layers of one model share, what the layers of one forward pass share, and what each computes."""
 
 import random
-from dataclasses import dataclass, replace
-from itertools import count
+from dataclasses import dataclass, field, replace
 from typing import Any
-from weakref import WeakValueDictionary
 
-import torch
 from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from longlora.attention.backends import attend, choose_backend, dense_kernel
 from longlora.attention.kernels import Scoring
@@ -16,14 +14,6 @@ from longlora.attention.local_attention import local_attention
 from longlora.attention.patterns import FIRST_DRAW, Draw, layers_drawn, random_choices
 from longlora.errors import UserError
 from longlora.settings import PatternOptions
-
-_STATES: WeakValueDictionary[int, "ShiftedAttentionState"] = WeakValueDictionary()
-_numbers = count()
-
-
-def state_named(name: str) -> "ShiftedAttentionState":
-    """The state whose `name` this is: operators take names, not objects."""
-    return _STATES[int(name.partition(" ")[0])]
 
 
 @dataclass(eq=False)
@@ -44,43 +34,10 @@ class ShiftedAttentionState:
     """Share of the other layers, drawn anew for each forward pass, that has full attention in it."""
     backend: str = "auto"
     """A name of `longlora.settings.ATTENTION_BACKENDS`."""
-    draw: Draw = FIRST_DRAW
-    """What the random choices of the present forward pass are drawn from."""
+    next_draw: Draw = FIRST_DRAW
+    """What the random choices of the next forward pass are drawn from."""
     served: int = 0
     """Layer calls answered in the present forward pass."""
-    seen: tuple[object, Documents] | None = None
-    """Mask, positions and shape of the last call, and its documents: the layers of one forward pass share them."""
-
-    def __post_init__(self) -> None:
-        self._take_number()
-
-    def __setstate__(self, values: dict[str, Any]) -> None:
-        self.__dict__.update(values)
-        self._take_number()  # a copied model has a state of its own
-
-    def _take_number(self) -> None:
-        self.number = next(_numbers)
-        _STATES[self.number] = self
-
-    def become(self, other: "ShiftedAttentionState") -> None:
-        """Take over all that `other` says, and stay the same object under the same number."""
-        self.__dict__.update(vars(other) | {"number": self.number})
-
-    @property
-    def name(self) -> str:
-        """What `state_named` finds it by. It names the backend too, on which the operators' outputs depend."""
-        return f"{self.number} {self.backend}"
-
-    def begin_layer(self, layer: int, training: bool) -> Draw:
-        """What layer `layer` draws from. The first global layer begins a forward pass, unless a backward recomputes it.
-
-        Counting here, and not before the model's forward, holds under torch.compile, and for recomputed activations
-        whatever part of the model is recomputed.
-        """
-        recomputed = torch._C._current_graph_task_id() != -1
-        if self.global_layers.get(layer) == 0 and training and not recomputed:
-            self.draw = replace(self.draw, turn=self.draw.turn + 1)
-        return self.draw
 
     def is_full(self, ordinal: int, draw: Draw) -> bool:
         """Whether this layer has full attention in the forward pass that draws from `draw`."""
@@ -91,13 +48,6 @@ class ShiftedAttentionState:
             others, layers_drawn(self.full_layers_share, len(others))
         )
         return ordinal in chosen
-
-    def documents(self, rows: int, length: int, mask: Tensor | None, positions: Tensor | None) -> Documents:
-        """The documents of `rows` rows of `length` tokens; see `documents_from_model_inputs`."""
-        if self.seen is None or not _same(self.seen[0], (mask, positions), (rows, length)):
-            stamp = (mask, _version(mask), positions, _version(positions), (rows, length))
-            self.seen = (stamp, documents_from_model_inputs(rows, length, mask, positions))
-        return self.seen[1]
 
     def plans(
         self, layer: int, documents: Documents, length: int, heads: int, key_heads: int, draw: Draw
@@ -110,21 +60,42 @@ class ShiftedAttentionState:
         return plan(documents, length, heads, key_heads, self.group_size, self.pattern, ordinal, self.options, drawn)
 
 
-def _version(x: Tensor | None) -> int:
-    return 0 if x is None or x.is_inference() else x._version
+@dataclass(eq=False)
+class ForwardPass:
+    """What the layers of one forward pass share. It stands where transformers hands a mask to every layer.
 
+    So it goes wherever a mask goes: to each layer, and through gradient checkpointing of either kind to the same layer
+    computed again, which therefore draws as it did, whatever other passes have begun since.
+    """
 
-def _same(stamp: object, tensors: tuple[Tensor | None, Tensor | None], shape: tuple[int, int]) -> bool:
-    """Whether `stamp` was made of these very tensors, not written to since, and of this shape."""
-    assert isinstance(stamp, tuple)
-    mask, mask_version, positions, positions_version, stamped = stamp
-    return (
-        mask is tensors[0]
-        and positions is tensors[1]
-        and mask_version == _version(mask)
-        and positions_version == _version(positions)
-        and stamped == shape
-    )
+    padding: Tensor | None
+    """(B, N), nonzero where there is a token, or None."""
+    arguments: dict[str, Any]
+    """What transformers' own mask functions are called with."""
+    draw: Draw | None = None
+    documents: Documents | None = None
+    masks: dict[str, Any] = field(default_factory=dict)
+
+    def draw_for(self, state: ShiftedAttentionState, training: bool) -> Draw:
+        """What this pass draws from. The first training layer that asks takes the model's next turn for it."""
+        if self.draw is None:
+            self.draw = state.next_draw
+            if training:
+                state.next_draw = replace(self.draw, turn=self.draw.turn + 1)
+        return self.draw
+
+    def documents_of(self, rows: int, length: int, position_ids: Tensor | None) -> Documents:
+        """The documents of `rows` rows of `length` tokens; see `documents_from_model_inputs`."""
+        if self.documents is None:
+            self.documents = documents_from_model_inputs(rows, length, self.padding, position_ids)
+        return self.documents
+
+    def ordinary_mask(self, implementation: str) -> Any:
+        """The mask that transformers makes for another attention implementation."""
+        if implementation not in self.masks:
+            make = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
+            self.masks[implementation] = make(**self.arguments) if make else None
+        return self.masks[implementation]
 
 
 @dataclass(frozen=True)
@@ -133,29 +104,26 @@ class LayerCall:
 
     Attributes:
         layer: the model's own index of the layer.
-        padding_mask: (B, N), nonzero where there is a token, or None.
-        position_ids: (B, N) or (1, N), or None.
+        documents: of every row.
+        draw: of the forward pass.
         scoring: scale, dropout, softcap and sinks.
         window: tokens of the layer's sliding window where the row is longer, else None.
     """
 
     layer: int
-    padding_mask: Tensor | None
-    position_ids: Tensor | None
+    documents: Documents
+    draw: Draw
     scoring: Scoring
     window: int | None
 
 
-def layer_attention(
-    state: ShiftedAttentionState, call: LayerCall, draw: Draw, query: Tensor, key: Tensor, value: Tensor
-) -> Tensor:
+def layer_attention(state: ShiftedAttentionState, call: LayerCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """(B, H, N, D), (B, Hkv, N, D), (B, Hkv, N, Dv) -> (B, N, H, Dv), contiguous.
 
     Raises:
-        UserError: a sliding window in a model of nothing else, padding inside a document, or a backend that cannot act.
+        UserError: a sliding window in a model of nothing else, or a backend that cannot act.
     """
-    rows, heads, length, _ = query.shape
-    documents = state.documents(rows, length, call.padding_mask, call.position_ids)
+    _, heads, length, _ = query.shape
     if call.window is not None:
         if call.layer in state.global_layers:
             raise UserError(
@@ -165,8 +133,8 @@ def layer_attention(
             )
         # a window is a mask on every chunk, which only the dense kernels take, whatever serves the global layers
         kernel = dense_kernel(choose_backend("auto", query, value, (), call.scoring), call.scoring)
-        output = local_attention(query, key, value, documents, call.window, kernel)
+        output = local_attention(query, key, value, call.documents, call.window, kernel)
     else:
-        plans = state.plans(call.layer, documents, length, heads, key.shape[1], draw)
+        plans = state.plans(call.layer, call.documents, length, heads, key.shape[1], call.draw)
         output = attend(query, key, value, plans, call.scoring, state.backend)
     return output.transpose(1, 2).contiguous()

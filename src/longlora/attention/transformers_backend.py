@@ -1,22 +1,22 @@
 """`s2_attn` as an attention implementation of transformers: S2 while training, the model's own attention otherwise.
 
-No class is patched. A hook before each forward chooses the implementation by the model's mode, so `eval()` is the
-model's ordinary attention itself. The paper trains with S2-Attn and keeps full attention for inference (section 3.2).
+No class is patched, and transformers' `set_attn_implementation` has the last word. The paper trains with S2-Attn and
+keeps full attention for inference (section 3.2).
 """
 
+import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longlora.attention.backends import check_backend
-from longlora.attention.compiled import compiled_layer_attention
 from longlora.attention.kernels import Scoring
 from longlora.attention.patterns import FIRST_DRAW, PLAIN, Draw, warn_of_leak
-from longlora.attention.state import LayerCall, ShiftedAttentionState, layer_attention
+from longlora.attention.state import ForwardPass, LayerCall, ShiftedAttentionState, layer_attention
 from longlora.errors import UserError, check_choice
 from longlora.model.positions import present_context
 from longlora.settings import PATTERNS, PatternOptions
@@ -32,11 +32,13 @@ _WITHOUT_EFFECT = frozenset(
 )
 """Keywords models hand on that do not change what attention computes here; packing is read from position_ids."""
 
+_HONOURED = frozenset("scaling dropout sliding_window softcap s_aux".split())
+
 
 def use_shifted_attention(
     model: nn.Module,
     group_size: int | None = None,
-    pattern: str = "shift",
+    pattern: str | None = None,
     *,
     inference: bool = False,
     options: PatternOptions = PLAIN,
@@ -47,12 +49,15 @@ def use_shifted_attention(
 ) -> nn.Module:
     """Let `model` train with S2-Attn: `model.train()` uses it, `model.eval()` the model's ordinary full attention.
 
-    May be called again to change the group size or the pattern.
+    May be called again to change the group size or the pattern. `model.set_attn_implementation("sdpa")` ends it. The
+    same without this call: `from_pretrained(..., attn_implementation="s2_attn")`, with the defaults below.
 
     Args:
         model: a transformers decoder, also one wrapped by PEFT.
-        group_size: G in tokens; default a quarter of the model's window.
-        pattern: a name of `longlora.settings.PATTERNS`; `full` is causal attention through the same code.
+        group_size: G in tokens; default what the config says, as in `config.s2_attn = {"group_size": 2048, "pattern":
+            "shift"}`, else a quarter of the model's window.
+        pattern: a name of `longlora.settings.PATTERNS`; `full` is causal attention through the same code. Default what
+            the config says, else `shift`.
         inference: use the pattern in `eval()` too, for ablations (paper table 2); without a KV cache.
         options: additions to the pattern.
         full_layers: layers that keep full attention, counted from 0 (negative: from the last, -1) among those that
@@ -70,47 +75,108 @@ def use_shifted_attention(
             unknown pattern or an option that it cannot have, a layer that there is not, or
             a backend that cannot act on this machine.
     """
-    check_choice("pattern", pattern, PATTERNS)
-    options.check(pattern)
-    warn_of_leak(pattern)
-    check_backend(backend)
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     if not models:
         raise UserError(f"{type(model).__name__} is not a transformers model: S2-Attn needs a PreTrainedModel.")
     base = models[0]
     _check_served(base)
     config = base.config.get_text_config()
-    if group_size is None:
-        group_size = max(2, present_context(config) // 4)
-    if not isinstance(group_size, int) or group_size < 2:
-        raise UserError(f"group_size is {group_size}: it must be a whole number of at least 2 tokens.")
-
-    previous: ShiftedAttentionState | None = getattr(base, _STATE, None)
-    present = config._attn_implementation
     layers = _global_layers(config)
-    full = _counted_from_first(full_layers, len(layers))
+    group_size, pattern = _group_and_pattern(config, group_size, pattern)
+    options.check(pattern)
+    warn_of_leak(pattern)
+    check_backend(backend)
+    previous = _states(base)
+    present = config._attn_implementation
     state = ShiftedAttentionState(
         group_size=group_size,
         pattern=pattern,
         inference=inference,
-        ordinary=previous.ordinary if previous else present if present != IMPLEMENTATION else "sdpa",
+        ordinary=present if present != IMPLEMENTATION else previous[0].ordinary if previous else _default_of(base),
         global_layers=layers,
         options=options,
-        full_layers=full,
+        full_layers=_counted_from_first(full_layers, len(layers)),
         full_layers_share=full_layers_share,
         backend=backend,
-        draw=replace(draw, turn=draw.turn - 1),
+        next_draw=draw,
     )
-    if previous:
-        previous.become(state)  # the hooks know it, and so does a compiled graph
-        return model
     for module in base.modules():
-        if hasattr(module, "layer_idx") or module is base:
+        if hasattr(module, "layer_idx"):
             setattr(module, _STATE, state)
-    for module in models:
-        module.register_forward_pre_hook(_ChooseImplementation(state, outermost=module is base))
-    base.register_forward_hook(_ProveServed(state))
+    base.set_attn_implementation({"": IMPLEMENTATION})
+    config._attn_implementation = IMPLEMENTATION  # the towers for pictures and sound keep theirs
+    if not any(isinstance(hook, _ProveServed) for hook in base._forward_hooks.values()):
+        base.register_forward_hook(_ProveServed())
     return model
+
+
+def draw_from(model: nn.Module, draw: Draw) -> None:
+    """Let the next forward passes of `model` in training draw from `draw`, with its `turn` counted up at each.
+
+    A pass keeps what it drew: however many passes begin before its backward, gradient checkpointing computes it again
+    with the same. Call it at the beginning of an optimiser step, so that a run which is resumed draws alike:
+
+        longlora.draw_from(model, longlora.Draw(seed=0, step=step))
+
+    Raises:
+        UserError: `model` does not train with S2-Attn.
+    """
+    for module in model.modules():
+        if hasattr(module, "layer_idx") and _implementation(module) == IMPLEMENTATION:
+            _state_of(module)
+    states = _states(model)
+    if not states:
+        raise UserError(f"{type(model).__name__} has no S2-Attn: call longlora.use_shifted_attention(model) first.")
+    for state in states:
+        state.next_draw = draw
+
+
+def _states(model: nn.Module) -> list[ShiftedAttentionState]:
+    """One, or one a layer where the layers made them for themselves."""
+    found = {id(state): state for module in model.modules() if (state := getattr(module, _STATE, None)) is not None}
+    return list(found.values())
+
+
+def _state_of(layer: nn.Module) -> ShiftedAttentionState:
+    """The state of an attention layer; one that `use_shifted_attention` never saw makes one from its config."""
+    state: ShiftedAttentionState | None = getattr(layer, _STATE, None)
+    if state is None:
+        config = cast(PreTrainedConfig, layer.config).get_text_config()
+        group_size, pattern = _group_and_pattern(config, None, None)
+        warn_of_leak(pattern)
+        ordinary, layers = _default_of(layer), _global_layers(config)
+        state = ShiftedAttentionState(group_size, pattern, False, ordinary, layers, PLAIN, frozenset())
+        setattr(layer, _STATE, state)
+    return state
+
+
+def _implementation(layer: nn.Module) -> str | None:
+    return getattr(getattr(layer, "config", None), "_attn_implementation", None)
+
+
+def _group_and_pattern(config: PreTrainedConfig, group_size: int | None, pattern: str | None) -> tuple[int, str]:
+    """What is given, else what the text config says, else the defaults."""
+    told = getattr(config, "s2_attn", None) or {}
+    if not isinstance(told, dict) or set(told) - {"group_size", "pattern"}:
+        raise UserError(
+            f"s2_attn in the model's config is {told!r}: it may hold group_size and pattern, as in "
+            '{"group_size": 2048, "pattern": "shift"}.'
+        )
+    pattern = pattern or told.get("pattern", "shift")
+    check_choice("pattern", pattern, PATTERNS)
+    size = group_size if group_size is not None else told.get("group_size")
+    size = size if size is not None else max(2, present_context(config) // 4)
+    if not isinstance(size, int) or size < 2:
+        raise UserError(f"group_size is {size}: it must be a whole number of at least 2 tokens.")
+    return size, pattern
+
+
+def _default_of(module: nn.Module) -> str:
+    """The attention implementation that transformers takes by itself for the models that `module` is or belongs to."""
+    homes = [vars(sys.modules[each.__module__]) for each in type(module).__mro__ if each.__module__ in sys.modules]
+    kinds = [kind for home in homes for kind in home.values() if isinstance(kind, type)]
+    models = [kind for kind in kinds if issubclass(kind, PreTrainedModel) and kind is not PreTrainedModel]
+    return "sdpa" if any(kind._supports_sdpa for kind in models) else "eager"
 
 
 def _check_served(model: PreTrainedModel) -> None:
@@ -135,18 +201,6 @@ def _global_layers(config: PreTrainedConfig) -> dict[int, int]:
     return {layer: ordinal for ordinal, layer in enumerate(layers)}
 
 
-def draw_from(model: nn.Module, draw: Draw) -> None:
-    """Let the next forward passes of `model` in training draw from `draw`, with its `turn` counted up at each.
-
-    Raises:
-        UserError: `model` does not train with S2-Attn.
-    """
-    state = next((getattr(module, _STATE) for module in model.modules() if hasattr(module, _STATE)), None)
-    if state is None:
-        raise UserError(f"{type(model).__name__} has no S2-Attn: call longlora.use_shifted_attention(model) first.")
-    state.draw = replace(draw, turn=draw.turn - 1)
-
-
 def _counted_from_first(layers: Sequence[int], count: int) -> frozenset[int]:
     for layer in layers:
         if not -count <= layer < count:
@@ -157,126 +211,114 @@ def _counted_from_first(layers: Sequence[int], count: int) -> frozenset[int]:
     return frozenset(layer % count for layer in layers)
 
 
-class _ChooseImplementation:
-    """Pre-forward hook: S2 in training, the model's own attention in evaluation."""
-
-    def __init__(self, state: ShiftedAttentionState, outermost: bool):
-        self.state, self.outermost = state, outermost
-
-    def __call__(self, module: PreTrainedModel, arguments: tuple[Any, ...]) -> None:
-        wanted = IMPLEMENTATION if module.training or self.state.inference else self.state.ordinary
-        if module.config._attn_implementation != wanted:
-            module.config._attn_implementation = wanted
-        if self.outermost:
-            self.state.served = 0
-
-
 class _ProveServed:
     """Post-forward hook: a training pass that never reached S2-Attn is an error, not silent full attention."""
 
-    def __init__(self, state: ShiftedAttentionState):
-        self.state = state
-
-    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], output: object) -> None:
-        if module.training and not torch.compiler.is_compiling() and not self.state.served:
+    def __call__(self, module: PreTrainedModel, arguments: tuple[Any, ...], output: object) -> None:
+        wanted = module.config.get_text_config()._attn_implementation == IMPLEMENTATION
+        if torch.compiler.is_compiling() or not wanted or not module.training:
+            return
+        states = _states(module)
+        if not any(state.served for state in states):
             raise UserError(
                 f"{type(module).__name__} never called the attention implementation '{IMPLEMENTATION}': its layers "
                 "compute attention themselves, so S2-Attn cannot serve it."
             )
+        for state in states:
+            state.served = 0
 
 
+@torch.compiler.disable
 def shifted_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    **keywords: Any,
-) -> tuple[Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **keywords: Any
+) -> tuple[Tensor, Tensor | None]:
     """The attention function of transformers' AttentionInterface.
 
     Args:
         query: (B, H, N, D); key: (B, Hkv, N, D); value: (B, Hkv, N, Dv).
-        attention_mask: (B, N), nonzero where there is a token, or None.
-        position_ids: (B, N) or (1, N); packed documents show as positions that restart.
+        attention_mask: a `ForwardPass`, from `begin_pass`.
+        keywords: what models hand on; `position_ids` (B, N) or (1, N) show packed documents by restarting.
 
     Returns:
-        (B, N, H, Dv), and no attention weights.
+        (B, N, H, Dv), and no attention weights; outside training what the model's own attention returns.
 
     Raises:
         UserError: a keyword, mask or cache that S2-Attn cannot honour.
     """
-    state: ShiftedAttentionState | None = getattr(module, _STATE, None)
-    if state is None:
-        raise UserError(
-            f"attention implementation '{IMPLEMENTATION}' is set, but the group size is not known: call "
-            "longlora.use_shifted_attention(model, group_size) first."
-        )
-    _refuse_what_cannot_be_honoured(query, key, attention_mask, position_ids, module, keywords)
-    window = sliding_window if sliding_window is not None and query.shape[2] > sliding_window else None
-    scoring = Scoring(scaling, dropout if module.training else 0.0, softcap, s_aux)
-    call = LayerCall(cast(int, module.layer_idx), attention_mask, position_ids, scoring, window)
-    if torch.compiler.is_compiling() and not scoring.dropout:
-        return compiled_layer_attention(state, call, module.training, query, key, value), None
-    return _outside_a_graph(state, call, module.training, query, key, value), None
-
-
-@torch.compiler.disable
-def _outside_a_graph(
-    state: ShiftedAttentionState, call: LayerCall, training: bool, query: Tensor, key: Tensor, value: Tensor
-) -> Tensor:
-    draw = state.begin_layer(call.layer, training)
+    is_of_a_decoder = hasattr(module, "layer_idx")
+    if not is_of_a_decoder and not getattr(module, "is_causal", True):  # it reads pictures or sound
+        return _ordinary_attention(_default_of(module), module, query, key, value, attention_mask, keywords)
+    state = _state_of(module)
+    if not (module.training or state.inference):
+        return _ordinary_attention(state.ordinary, module, query, key, value, attention_mask, keywords)
+    _refuse_what_cannot_be_honoured(query, key, attention_mask, module, keywords)
+    rows, _, length, _ = query.shape
+    window = keywords.get("sliding_window")
+    dropout = keywords.get("dropout", 0.0) if module.training else 0.0
+    call = LayerCall(
+        cast(int, module.layer_idx),
+        attention_mask.documents_of(rows, length, keywords.get("position_ids")),
+        attention_mask.draw_for(state, module.training),
+        Scoring(keywords.get("scaling"), dropout, keywords.get("softcap"), keywords.get("s_aux")),
+        window if window is not None and length > window else None,
+    )
     state.served += 1
-    return layer_attention(state, call, draw, query, key, value)
+    return layer_attention(state, call, query, key, value), None
+
+
+def _ordinary_attention(
+    implementation: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, keywords: Any
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers computes under another attention implementation."""
+    if isinstance(mask, ForwardPass):
+        mask = mask.ordinary_mask(implementation)
+    homes = (sys.modules[kind.__module__] for kind in type(module).__mro__)
+    written_out = next(
+        (home.eager_attention_forward for home in homes if hasattr(home, "eager_attention_forward")), None
+    )
+    compute = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, cast(Any, written_out))
+    return cast(tuple[Tensor, Tensor | None], compute(module, query, key, value, mask, **keywords))
 
 
 def _refuse_what_cannot_be_honoured(
-    query: Tensor,
-    key: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    module: nn.Module,
-    keywords: dict[str, Any],
+    query: Tensor, key: Tensor, mask: Any, module: nn.Module, keywords: dict[str, Any]
 ) -> None:
+    name = type(module).__name__
     unknown = sorted(
-        name
-        for name, given in keywords.items()
-        if name not in _WITHOUT_EFFECT and given is not None and given is not False
+        keyword
+        for keyword, given in keywords.items()
+        if keyword not in _WITHOUT_EFFECT | _HONOURED and given is not None and given is not False
     )
     if unknown:
         raise UserError(
-            f"{type(module).__name__} hands attention the keyword '{unknown[0]}', which S2-Attn does not honour; "
-            "the model cannot be trained with it."
+            f"{name} hands attention the keyword '{unknown[0]}', which S2-Attn does not honour; the model cannot be "
+            "trained with it."
         )
     if keywords.get("is_causal") is False or getattr(module, "is_causal", True) is False:
-        raise UserError(f"{type(module).__name__} is not causal: S2-Attn serves causal self-attention only.")
+        raise UserError(f"{name} is not causal: S2-Attn serves causal self-attention only.")
     if key.shape[2] != query.shape[2]:
         raise UserError(
             f"{query.shape[2]} queries and {key.shape[2]} keys: S2-Attn has no KV cache; pass use_cache=False, or call "
             "model.eval(), which uses the model's full attention."
         )
-    if attention_mask is not None and attention_mask.ndim != 2:
+    padding = mask.padding if isinstance(mask, ForwardPass) else mask
+    if not isinstance(mask, ForwardPass) or (padding is not None and padding.ndim != 2):
+        given = tuple(padding.shape) if isinstance(padding, Tensor) else padding
         raise UserError(
-            f"the attention mask is {tuple(attention_mask.shape)}: S2-Attn takes a padding mask of shape (B, N); give "
+            f"the attention mask is {given}: S2-Attn takes a padding mask of shape (B, N), through the model; give "
             "packed documents through position_ids that restart."
         )
+    position_ids = keywords.get("position_ids")
     if position_ids is not None and position_ids.ndim != 2:
         raise UserError(f"position_ids is {tuple(position_ids.shape)}: S2-Attn takes (B, N).")
 
 
-def padding_mask(kv_length: int, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-    """The mask function of transformers' AttentionMaskInterface: the padding mask (B, N) as it is, or None.
-
-    transformers' own for flash attention asks whether there is padding at all, which would break a compiled graph.
-    """
-    return None if attention_mask is None else attention_mask[:, -kv_length:]
+@torch.compiler.disable
+def begin_pass(kv_length: int, attention_mask: Tensor | None = None, **arguments: Any) -> ForwardPass:
+    """The mask function of transformers' AttentionMaskInterface, called once a pass for each kind of layer."""
+    padding = None if attention_mask is None else attention_mask[:, -kv_length:]
+    return ForwardPass(padding, {"kv_length": kv_length, "attention_mask": attention_mask, **arguments})
 
 
 AttentionInterface.register(IMPLEMENTATION, shifted_attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)
+AttentionMaskInterface.register(IMPLEMENTATION, begin_pass)

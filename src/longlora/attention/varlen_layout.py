@@ -47,6 +47,7 @@ def can_be_laid_out(plan: HeadSetPlan) -> bool:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # a layout outlives the pass that made it
 def varlen_layout(plan: HeadSetPlan, length: int, device: torch.device) -> VarlenLayout:
     """The sequences of `plan` for rows of `length` tokens, on `device`; made once for each plan."""
     query_sizes: list[int] = []

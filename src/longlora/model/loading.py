@@ -63,6 +63,7 @@ def load(
     adapters: bool = True,
     merge: bool = False,
     trainable: bool = False,
+    attn_implementation: str | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """The model and tokenizer that `model` names (see `longlora.model.source`), in eval mode.
 
@@ -76,10 +77,11 @@ def load(
             extended but untrained.
         merge: fold the adapter in, for a plain model (float32 arithmetic, rounded once to `dtype`).
         trainable: leave what trained trainable, and in float32, to go on training; otherwise all is frozen.
+        attn_implementation: as transformers' `from_pretrained` takes it, `s2_attn` among them.
 
     Raises:
-        UserError: MODEL cannot be found or read, is no causal language model, its adapter does not fit its base, or
-            its tokenizer does not fit its embedding.
+        UserError: MODEL cannot be found or read, is no causal language model, its adapter does not fit its base,
+            its tokenizer does not fit its embedding, or it does not take the attention implementation.
     """
     check_choice("dtype", dtype, DTYPES)
     place = _device(device)
@@ -93,8 +95,18 @@ def load(
         network = _merged(network, source)
     if not trainable:
         network.requires_grad_(False)
+    if attn_implementation is not None:
+        _set_attention(network, attn_implementation)
     cast(torch.nn.Module, network).to(place)
     return network.eval(), tokenizer
+
+
+def _set_attention(network: PreTrainedModel | PeftModel, implementation: str) -> None:
+    try:
+        plain = network.get_base_model() if isinstance(network, PeftModel) else network
+        cast(PreTrainedModel, plain).set_attn_implementation(implementation)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"attn_implementation '{implementation}' cannot be used: {first_line(error)}") from error
 
 
 def window(config: PreTrainedConfig) -> int | None:
