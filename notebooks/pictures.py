@@ -107,15 +107,12 @@ def sees(pattern: str, length: int, group: int, layer: int = 0, heads: int = 4) 
     seen = torch.zeros(heads, length, length, dtype=torch.bool)
     for head_set in plan((((0, length),),), length, heads, heads, group, pattern, layer):
         for rows in head_set.rows:
-            order = torch.arange(length) if rows.order is None else rows.order
             mask = torch.zeros(length, length, dtype=torch.bool)
-            for run in rows.runs:
-                for start in range(run.start, run.stop, run.length):
-                    members = order[start : start + run.length]
-                    mask[members[:, None], members] = torch.ones(run.length, run.length, dtype=torch.bool).tril()
-            for read in rows.reads:
-                for start, stop in read.pieces:
-                    mask[read.query_start : read.query_stop, start:stop] = True
+            for part in (one for parts in rows.parts for one in parts):
+                see = torch.ones(len(part.queries), len(part.keys), dtype=torch.bool)
+                mask[torch.tensor(part.queries)[:, None], torch.tensor(part.keys)] = (
+                    see if part.sees == "all" else see.tril()
+                )
             seen[head_set.heads.query_start : head_set.heads.query_stop] = mask
     return seen
 

@@ -76,30 +76,33 @@ def attention_reference(query, key, value, group, segment_ids=None, pattern="shi
 
 
 def key_weights(plans, rows, heads, length):
-    """(B, H, N, N) how often each query counts each key, told by the plan block by block and read by read."""
+    """(B, H, N, N) how often each query counts each key, told by the plan part by part."""
     weights = torch.zeros(rows, heads, length, length, dtype=torch.float64)
     for head_set in plans:
         h = slice(head_set.heads.query_start, head_set.heads.query_stop)
         for row in head_set.rows:
             b = slice(row.row_start, row.row_stop)
-            order = torch.arange(length) if row.order is None else row.order
-            for run in row.runs:
-                for start in range(run.start, run.stop, run.length):
-                    block = order[start : start + run.length]
-                    assert not weights[b, h, block].any()
-                    own = torch.ones(run.length, run.length, dtype=torch.float64).tril()
-                    weights[b, h, block[:, None], block] = own
-            for read in row.reads:
-                for start, stop in read.pieces:
-                    assert not weights[b, h, read.query_start : read.query_stop, start:stop].any(), "a key read twice"
-                    weights[b, h, read.query_start : read.query_stop, start:stop] = read.weight
+            for part in (one for parts in row.parts for one in parts):
+                queries, keys = torch.tensor(part.queries)[:, None], torch.tensor(part.keys)
+                index = (
+                    torch.arange(b.start, b.stop)[:, None, None, None],
+                    torch.arange(h.start, h.stop)[:, None, None],
+                )
+                seen = torch.ones(len(part.queries), len(part.keys), dtype=torch.float64)
+                seen = {"causal": seen.tril(), "later": seen.triu(), "all": seen}[part.sees]
+                assert not (weights[(*index, queries, keys)] * seen).any(), "a key read twice"
+                weights[(*index, queries, keys)] += seen * part.weight
     return weights
 
 
-def masked_attention(q, k, v, weights, scale=None):
+def masked_attention(q, k, v, weights, scale=None, sinks=None, softcap=None):
     """(B, H, N, Dv), where each query counts each key as often as `weights` (B, H, N, N) says."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     repeats = q.shape[1] // k.shape[1]
-    scores = (q @ k.repeat_interleave(repeats, 1).transpose(-1, -2) * scale).exp() * weights.to(q.dtype)
+    scores = q @ k.repeat_interleave(repeats, 1).transpose(-1, -2) * scale
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores.exp() * weights.to(q.dtype)
     total = scores.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = torch.where(total > 0, total + sinks.exp()[:, None, None], total)
     return (scores / torch.where(total > 0, total, 1)) @ v.repeat_interleave(repeats, 1)

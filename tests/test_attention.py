@@ -6,7 +6,6 @@ from attention_oracle import attention_reference
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from longlora.attention.block_attention import _PermuteTokens
 from longlora.attention.shifted import shifted_attention
 from longlora.errors import UserError
 from longlora.settings import PATTERNS as ALL_PATTERNS
@@ -62,7 +61,7 @@ def random_qkv(shape, seed, token_major=False, value_width=None):
     return out
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(cases())
 def test_equals_the_oracle_forward_and_backward(case):
     q, k, v = random_qkv(case["shape"], case["seed"], case["token_major"])
@@ -137,15 +136,9 @@ def test_values_may_be_wider_than_keys():
 
 
 def test_one_group_is_full_attention_to_the_bit():
-    q, k, v = random_qkv((2, 4, 4, 32, 8), seed=5)
+    q, k, v = (x.float() for x in random_qkv((2, 4, 4, 32, 8), seed=5))
     full = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert torch.equal(shifted_attention(q, k, v, 32), full)
-
-
-def test_permutation_gradient_is_the_exact_inverse():
-    x = torch.randn(2, 3, 7, 2, dtype=torch.float64, requires_grad=True)
-    order = torch.randperm(7)
-    assert torch.autograd.gradcheck(lambda t: _PermuteTokens.apply(t, order), (x,))
 
 
 def largest_allocation(function) -> int:

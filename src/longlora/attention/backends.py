@@ -2,15 +2,15 @@
 
 | backend | what computes the blocks | acts on |
 |---|---|---|
-| `sdpa` | PyTorch's fused attention on views of the blocks (on CUDA flash, cuDNN or memory-efficient) | all |
+| `sdpa` | PyTorch's flash attention on views of the blocks, part by part, merged | CPU; CUDA in 16 bit |
+| `eager` | attention written out, a tile at a time: soft caps and dropout too | all |
 | `varlen` | `torch.nn.attention.varlen`, one call a set of heads | CUDA, 16 bit |
 | `flex` | FlexAttention with a mask a set of heads, one call a set | CUDA |
 | `flash` | an installed flash-attn 2, 3 or 4, one call a set of heads | CUDA, 16 bit |
-| `eager` | attention written out, block by block: softcaps and sinks too | all |
 
-`auto` takes the first of `AUTO` that can act. On CPU the others but `eager` cannot train, and `sdpa` was the faster of
-the two wherever both were measured (docs/performance.md). On CUDA nothing has been measured yet, so the order is the
-same, the conservative one.
+The first two serve everything: whole rows, pieces, sliding windows, sinks, blocks that read others. `auto` takes the
+first of `AUTO` that can act. On CPU the others cannot train, and `sdpa` was the faster of the two wherever both were
+measured (docs/performance.md). On CUDA nothing has been measured yet, so the order is the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from longlora.attention import varlen_kernels
-from longlora.attention.block_attention import block_attention
+from longlora.attention.block_attention import Halo, block_attention
 from longlora.attention.flex import flex_kernel
-from longlora.attention.kernels import EagerKernel, Kernel, Scoring, SdpaKernel
+from longlora.attention.kernels import FlashKernel, Kernel, Scoring, WrittenKernel, why_not_flash
 from longlora.attention.layout import HeadSetPlan
 from longlora.attention.varlen_attention import VarlenKernel, varlen_attention
 from longlora.attention.varlen_layout import can_be_laid_out
@@ -81,17 +81,17 @@ def why_not(backend: str, query: Tensor, value: Tensor, plans: Sequence[HeadSetP
         return None
     if scoring.softcap is not None:
         return "the model caps its attention scores (softcap), which only 'eager' computes"
-    if scoring.sinks is not None:
-        return "the model has attention sinks (s_aux), which only 'eager' computes"
+    if scoring.dropout:
+        return f"it has no attention dropout, and the model asks for {scoring.dropout}; only 'eager' has"
     if backend == "sdpa":
-        return None
+        return why_not_flash(query, query, value)
     found = VARLEN[backend]
     if reason := found.missing() or found.refuses(query, value):
         return reason
-    if scoring.dropout:
-        return f"it has no attention dropout, and the model asks for {scoring.dropout}"
+    if scoring.sinks is not None:
+        return "the model has attention sinks (s_aux), which only 'sdpa' and 'eager' compute"
     if not all(can_be_laid_out(plan) for plan in plans):
-        return "it cannot count a key more than once (--scatter-weighted)"
+        return "it reads each key once and all that come before it (no --scatter-weighted, no sliding window)"
     return None
 
 
@@ -109,7 +109,15 @@ def choose_backend(backend: str, query: Tensor, value: Tensor, plans: Sequence[H
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, plans: Sequence[HeadSetPlan], scoring: Scoring, backend: str = "auto"
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plans: Sequence[HeadSetPlan],
+    scoring: Scoring,
+    backend: str = "auto",
+    *,
+    start: int = 0,
+    halo: Halo | None = None,
 ) -> Tensor:
     """Causal attention inside the blocks of `plans` and over what they read; padding tokens get zeros.
 
@@ -117,6 +125,8 @@ def attend(
         query: (B, H, N, D); key: (B, Hkv, N, D); value: (B, Hkv, N, Dv).
         plans: from `longlora.attention.layout.plan`.
         backend: a name of `ATTENTION_BACKENDS`.
+        start, halo: of a piece of a row; see `longlora.attention.block_attention.block_attention`. A backend other than
+            `sdpa` and `eager` leaves pieces to `auto`.
 
     Returns:
         (B, H, N, Dv), a view of a contiguous (B, N, H, Dv).
@@ -124,17 +134,19 @@ def attend(
     Raises:
         UserError: a backend that cannot act here.
     """
+    if backend in VARLEN and halo is not None:
+        backend = "auto"
     chosen = choose_backend(backend, query, value, plans, scoring)
     if chosen in VARLEN:
-        return varlen_attention(query, key, value, plans, VARLEN[chosen].kernel, scoring.scale)
-    return block_attention(query, key, value, plans, dense_kernel(chosen, scoring))
+        return varlen_attention(query, key, value, plans, VARLEN[chosen].kernel, scoring.scale, start)
+    kernel = dense_kernel(chosen, query.shape[-1], scoring)
+    return block_attention(query, key, value, plans, kernel, sinks=scoring.sinks, start=start, halo=halo)
 
 
-def dense_kernel(backend: str, scoring: Scoring) -> Kernel:
-    """The kernel of `sdpa` or `eager`."""
-    if backend == "sdpa":
-        return SdpaKernel(scoring.scale, scoring.dropout)
-    return EagerKernel(scoring.scale, scoring.dropout, scoring.softcap, scoring.sinks)
+def dense_kernel(backend: str, width: int, scoring: Scoring) -> Kernel:
+    """The kernel of `sdpa` or `eager` for heads of `width`."""
+    scale = width**-0.5 if scoring.scale is None else scoring.scale
+    return FlashKernel(scale) if backend == "sdpa" else WrittenKernel(scale, scoring.dropout, scoring.softcap)
 
 
 def _cannot_act(backend: str, reason: str) -> UserError:

@@ -1,109 +1,257 @@
-"""The primitive: block-diagonal causal attention over sets of heads, each with its own blocks.
+"""The primitive: attention over the parts of a plan, for whole rows and for pieces of rows.
 
-Nothing of size N x N exists, keys and values are read through views, and neighbouring blocks of one length go
-through the kernel in one call. Shapes: B rows, H query heads, Hkv KV heads, N tokens, D width, L tokens a block.
+Nothing of size N x N exists, keys and values are read through views, nothing is copied to be joined. Shapes: B rows,
+H query heads, Hkv KV heads, N tokens of the piece (or row), D width.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from longlora.attention.kernels import Kernel
-from longlora.attention.layout import HeadSetPlan, RowPlan, Run
-from longlora.attention.pieces import heads_of, join, split
-from longlora.attention.reading_attention import reading_attention
+from longlora.attention.kernels import Kernel, sum_type
+from longlora.attention.layout import HeadSetPlan, Part
+
+TOKENS_A_CALL = {"cpu": 2048}
+"""Tokens that a kernel is given at a time at least, by device, where there are more in equal blocks: what it returns is
+copied to its place, and stands beside it until then."""
 
 
-class _PermuteTokens(torch.autograd.Function):
-    """`x[:, :, order]` for a permutation, whose gradient is again a gather instead of a scatter-add."""
+@dataclass(frozen=True)
+class Halo:
+    """Keys and values of tokens before a piece.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return x.index_select(2, order)
+    Attributes:
+        start: their first token in the row; they end where the piece begins.
+        first_head: the KV head that the first of them is.
+        key: (B, k, …, D); value: (B, k, …, Dv).
+    """
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (order,) = ctx.saved_tensors
-        return gradients[0].index_select(2, order.argsort()), None
+    start: int
+    first_head: int
+    key: Tensor
+    value: Tensor
 
 
-def block_attention(query: Tensor, key: Tensor, value: Tensor, plans: Sequence[HeadSetPlan], kernel: Kernel) -> Tensor:
-    """Causal attention inside the blocks of `plans`; padding tokens get zeros.
+def block_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plans: Sequence[HeadSetPlan],
+    kernel: Kernel,
+    *,
+    sinks: Tensor | None = None,
+    start: int = 0,
+    halo: Halo | None = None,
+) -> Tensor:
+    """Attention over the parts of `plans`; padding tokens get zeros.
 
     Args:
-        query: (B, H, N, D); key: (B, Hkv, N, D); value: (B, Hkv, N, Dv).
-        plans: from `longlora.attention.layout.plan`.
-        kernel: dense causal attention for a batch of blocks.
+        query: (B, H, N, D); key: (B, Hkv, N, D); value: (B, Hkv, N, Dv), of tokens [start, start + N) of the row.
+        plans: from `longlora.attention.layout.plan`, with `piece=(start, start + N)`.
+        kernel: computes a part.
+        sinks: (H,) one more logit a head, without a value.
+        start: the piece's first token.
+        halo: the earlier keys and values that `longlora.attention.layout.first_key` asks for. Their gradients come
+            back.
 
     Returns:
         (B, H, N, Dv), a view of a contiguous (B, N, H, Dv), which is what the output projection reads.
     """
-    sets = [plan.heads for plan in plans]
-    queries = heads_of(query, [(s.query_start, s.query_stop) for s in sets])
-    keys = heads_of(key, [(s.key_start, s.key_stop) for s in sets])
-    values = heads_of(value, [(s.key_start, s.key_stop) for s in sets])
-    outputs = []
-    for plan, q, k, v in zip(plans, queries, keys, values, strict=True):
-        heads = slice(plan.heads.query_start, plan.heads.query_stop)
-        sizes = [rows.row_stop - rows.row_start for rows in plan.rows]
-        by_rows = zip(plan.rows, split(q, sizes, 0), split(k, sizes, 0), split(v, sizes, 0), strict=True)
-        outputs.append(join([_attend_rows(rows, qr, kr, vr, heads, kernel) for rows, qr, kr, vr in by_rows], 0))
-    return join(outputs, 2).transpose(1, 2)
+    earlier = (None, None) if halo is None else (halo.key, halo.value)
+    place = start, (halo.start, halo.first_head) if halo is not None else None
+    seed = int(torch.randint(2**62, ())) if getattr(kernel, "dropout", 0.0) else 0
+    return _BlockAttention.apply(query, key, value, *earlier, sinks, plans, kernel, place, seed)
 
 
-def _attend_rows(plan: RowPlan, q: Tensor, k: Tensor, v: Tensor, heads: slice, kernel: Kernel) -> Tensor:
-    """(R, h, N, D) rows laid out alike -> (R, N, h, Dv)."""
-    if plan.reads:
-        return reading_attention(plan, q, k, v, heads, kernel)
-    order = None if plan.order is None else plan.order.to(q.device)
-    if order is not None:
-        q, k, v = (_PermuteTokens.apply(x, order) for x in (q, k, v))
-    sizes, runs = _with_gaps(plan.runs, q.shape[2])
-    pieces = zip(runs, split(q, sizes, 2), split(k, sizes, 2), split(v, sizes, 2), strict=True)
-    outputs = []
-    for run, q_piece, k_piece, v_piece in pieces:
-        if run:
-            outputs.append(_attend_run(run, q_piece, k_piece, v_piece, heads, kernel))
-        else:
-            rows, width, tokens, _ = q_piece.shape
-            outputs.append(v_piece.new_zeros(rows, tokens, width, v_piece.shape[3]))
-    output = join(outputs, 1)
-    if order is not None:
-        output = _PermuteTokens.apply(output.transpose(1, 2), order.argsort()).transpose(1, 2)
-    return output
+@dataclass(frozen=True)
+class _Call:
+    """One call of a kernel: rows, heads, and where in the tensors its tokens are."""
+
+    rows: slice
+    heads: slice
+    key_heads: slice
+    part: Part
+    is_earlier: bool
+    query_offset: int
+    key_offset: int
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(B, H, N, D) -> (b, h, L, D)"""
+        return self._blocks(_taken(x[self.rows, self.heads], self.part.queries, self.part, self.query_offset))
+
+    def keys(self, x: Tensor) -> Tensor:
+        """(B, Hkv, …, D) -> (b, k, S, D)"""
+        return self._blocks(_taken(x[self.rows, self.key_heads], self.part.keys, self.part, self.key_offset))
+
+    def place_of_queries(self, x: Tensor) -> Tensor:
+        return _taken(x[self.rows, self.heads], self.part.queries, self.part, self.query_offset)
+
+    def place_of_keys(self, x: Tensor) -> Tensor:
+        return _taken(x[self.rows, self.key_heads], self.part.keys, self.part, self.key_offset)
+
+    def placed(self, blocks: Tensor, place: Tensor) -> Tensor:
+        """What `blocks` and their kind are to `place`."""
+        return (blocks.flip(2) if self.part.sees == "later" else blocks).view(place.shape)
+
+    def _blocks(self, taken: Tensor) -> Tensor:
+        blocks = taken.flatten(0, 1) if taken.ndim == 5 else taken
+        return blocks.flip(2) if self.part.sees == "later" else blocks  # the causal order of the last, reversed
 
 
-def _attend_run(run: Run, q: Tensor, k: Tensor, v: Tensor, heads: slice, kernel: Kernel) -> Tensor:
-    """(R, h, count * L, D) neighbouring blocks -> (R, count * L, h, Dv) with one kernel call where strides allow."""
-    if run.count == 1:
-        return kernel(q, k, v, heads).transpose(1, 2)
-    mergeable = all(x.shape[0] == 1 or x.stride(0) == x.shape[2] * x.stride(2) for x in (q, k, v))
-    if not mergeable:
-        rows = zip(q.split(1), k.split(1), v.split(1), strict=True)
-        return join([_attend_run(run, q_row, k_row, v_row, heads, kernel) for q_row, k_row, v_row in rows], 0)
-    q_blocks, k_blocks, v_blocks = (
-        x.transpose(1, 2).unflatten(1, (run.count, run.length)).flatten(0, 1).transpose(1, 2) for x in (q, k, v)
+def _taken(x: Tensor, tokens: range, part: Part, offset: int) -> Tensor:
+    """A view of `tokens` of (R, h, N, D): (R, h, L, D), or of all `count` of them (1, count, h, L, D)."""
+    start = tokens.start - offset
+    if part.count == 1:
+        return x[:, :, start : start + (len(tokens) - 1) * tokens.step + 1 : tokens.step]
+    rows, heads, _, width = x.shape
+    of_rows, of_heads, of_tokens, of_width = x.stride()
+    return x.as_strided(
+        (rows, part.count, heads, len(tokens), width),
+        (of_rows, part.hop * of_tokens, of_heads, tokens.step * of_tokens, of_width),
+        x.storage_offset() + start * of_tokens,
     )
-    output = kernel(q_blocks, k_blocks, v_blocks, heads).transpose(1, 2)
-    return output.unflatten(0, (q.shape[0], run.count)).flatten(1, 2)
 
 
-def _with_gaps(runs: Sequence[Run], length: int) -> tuple[list[int], list[Run | None]]:
-    """Token counts of the runs and of the padding between them (None), covering a row of `length` tokens."""
-    sizes: list[int] = []
-    pieces: list[Run | None] = []
-    at = 0
-    for run in runs:
-        if run.start > at:
-            sizes.append(run.start - at)
-            pieces.append(None)
-        sizes.append(run.stop - run.start)
-        pieces.append(run)
-        at = run.stop
-    if at < length:
-        sizes.append(length - at)
-        pieces.append(None)
-    return sizes, pieces
+def _calls(
+    plans: Sequence[HeadSetPlan], device: torch.device, start: int, halo: tuple[int, int] | None
+) -> Iterator[_Call]:
+    at_least = TOKENS_A_CALL.get(device.type, 16384)
+    for each in plans:
+        heads = each.heads
+        for row in each.rows:
+            for part in row.parts:
+                is_earlier = halo is not None and part.keys.start < start
+                first, moved = halo if halo is not None and is_earlier else (start, 0)
+                query_heads = slice(heads.query_start, heads.query_stop)
+                key_heads = slice(heads.key_start - moved, heads.key_stop - moved)
+                size = max(1, at_least // len(part.queries))
+                for number in range(0, part.count, size):
+                    some = part.some(number, min(size, part.count - number))
+                    step = 1 if part.count > 1 else row.row_stop - row.row_start  # equal blocks of one row are a batch
+                    for top in range(row.row_start, row.row_stop, step):
+                        yield _Call(slice(top, top + step), query_heads, key_heads, some, is_earlier, start, first)
+
+
+class _Sum:
+    """What calls add up to in a tensor like `like`; a single call that fills it is it."""
+
+    def __init__(self, like: Tensor, several: bool):
+        self.like = like
+        self.total: Tensor | None = None
+        self.dtype = sum_type(like.dtype) if several else like.dtype
+
+    def add(self, place: Any, blocks: Tensor, call: _Call) -> None:
+        if self.total is None:
+            if blocks.shape == self.like.shape and call.part.sees != "later":
+                self.total = blocks.to(self.dtype)
+                return
+            rows, heads, length, width = self.like.shape
+            self.total = self.like.new_zeros(rows, length, heads, width, dtype=self.dtype).transpose(1, 2)
+        target = place(self.total)
+        target.add_(call.placed(blocks, target))
+
+    def result(self) -> Tensor:
+        return torch.zeros_like(self.like) if self.total is None else self.total.to(self.like.dtype)
+
+
+class _BlockAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        earlier_key: Tensor | None,
+        earlier_value: Tensor | None,
+        sinks: Tensor | None,
+        plans: Sequence[HeadSetPlan],
+        kernel: Kernel,
+        place: tuple[int, tuple[int, int] | None],
+        seed: int,
+    ) -> Tensor:
+        rows, heads, length, _ = query.shape
+        output: Tensor | None = None
+        lse: Tensor | None = None
+        for number, call in enumerate(_calls(plans, query.device, *place)):
+            keys, values = (earlier_key, earlier_value) if call.is_earlier else (key, value)
+            k, v = (call.keys(cast(Tensor, x)) for x in (keys, values))
+            part, part_lse = kernel.forward(call.queries(query), k, v, call.part.sees != "all", seed + number)
+            if output is None or lse is None:
+                if part.shape[:3] == query.shape[:3] and part.transpose(1, 2).is_contiguous():
+                    output, lse = part, part_lse.unsqueeze(-1)  # one call serves all, or most
+                    continue
+                output = value.new_zeros(rows, length, heads, value.shape[3]).transpose(1, 2)
+                lse = query.new_zeros(rows, heads, length, 1, dtype=sum_type(query.dtype))
+            target, target_lse = call.place_of_queries(output), call.place_of_queries(lse)
+            part, part_lse = call.placed(part, target), call.placed(part_lse.unsqueeze(-1), target_lse)
+            if call.part.sees == "causal":
+                target.copy_(part)
+                target_lse.copy_(part_lse)
+                continue
+            if call.part.weight != 1:
+                part_lse = part_lse + math.log(call.part.weight)
+            whole = torch.logaddexp(target_lse, part_lse)
+            target.copy_(target * (target_lse - whole).exp_() + part * (part_lse - whole).exp_())
+            target_lse.copy_(whole)
+        if output is None or lse is None:  # nothing but padding
+            output = value.new_zeros(rows, length, heads, value.shape[3]).transpose(1, 2)
+            lse = query.new_zeros(rows, heads, length, 1, dtype=sum_type(query.dtype))
+        if sinks is not None:
+            whole = torch.logaddexp(lse, sinks.to(lse.dtype).view(1, -1, 1, 1))
+            output, lse = (output * (lse - whole).exp_()).to(output.dtype), whole
+        ctx.save_for_backward(query, key, value, earlier_key, earlier_value, sinks, output, lse)
+        ctx.plans, ctx.kernel, ctx.place, ctx.seed = plans, kernel, place, seed
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, sinks, output, lse = ctx.saved_tensors
+        inputs = [x for x in inputs if x is not None]
+        gradient = gradients[0]
+        of_query, of_key, of_earlier = _several(ctx.plans, ctx.place[0])
+        kinds = (of_query, of_key, of_key, of_earlier, of_earlier)
+        sums = [_Sum(x, several) for x, several in zip(inputs, kinds, strict=False)]
+        for number, call in enumerate(_calls(ctx.plans, output.device, *ctx.place)):
+            which = slice(3, 5) if call.is_earlier else slice(1, 3)
+            of_lse = call.queries(lse).squeeze(-1)
+            if call.part.weight != 1:
+                of_lse = of_lse - math.log(call.part.weight)
+            dq, *pair = ctx.kernel.backward(
+                call.queries(gradient),
+                call.queries(inputs[0]),
+                *(call.keys(x) for x in inputs[which]),
+                call.queries(output),
+                of_lse,
+                call.part.sees != "all",
+                ctx.seed + number,
+            )
+            sums[0].add(call.place_of_queries, dq, call)
+            for total, part in zip(sums[which], pair, strict=True):
+                total.add(call.place_of_keys, part, call)
+        of_sinks = None
+        if sinks is not None:
+            share = (sinks.to(lse.dtype).view(1, -1, 1) - lse.squeeze(-1)).exp_()
+            of_sinks = -(share * (gradient * output).sum(-1)).sum((0, 2)).to(sinks.dtype)
+        found = [each.result() for each in sums]
+        return *found, *[None] * (5 - len(found)), of_sinks, None, None, None, None
+
+
+def _several(plans: Sequence[HeadSetPlan], start: int) -> tuple[bool, bool, bool]:
+    """Whether a query, a key of the piece, and one before it get gradients from several calls: then summed in float32.
+
+    Causal parts share no token.
+    """
+    shared = sum(each.heads.key_stop - each.heads.key_start for each in plans) > max(
+        (each.heads.key_stop for each in plans), default=0
+    )
+    others = [part for each in plans for row in each.rows for part in row.parts if part.sees != "causal"]
+    before = [sum(part.count for part in row.parts if part.keys.start < start) for each in plans for row in each.rows]
+    return (
+        bool(others),
+        shared or any(part.keys.start >= start for part in others),
+        shared or any(n > 1 for n in before),
+    )

@@ -33,8 +33,6 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from longlora.errors import UserError, check_choice
 from longlora.settings import PATTERNS, PatternOptions
 
@@ -140,24 +138,17 @@ class Read:
     pieces: tuple[tuple[int, int], ...]
     weight: float = 1.0
 
-    def moved(self, by: int) -> "Read":
-        """The same in a row where the document starts `by` tokens later."""
-        pieces = tuple((start + by, stop + by) for start, stop in self.pieces)
-        return Read(self.query_start + by, self.query_stop + by, pieces, self.weight)
-
 
 @dataclass(frozen=True)
 class Partition:
     """A document cut into causal blocks.
 
     Attributes:
-        lengths: tokens of each block, in order.
-        order: (n,) positions in the order in which the blocks take them, or None for their own order.
-        reads: what blocks read besides themselves; none where there is an `order`.
+        blocks: the tokens of each block; together all tokens of the document, each once.
+        reads: what blocks read besides themselves.
     """
 
-    lengths: tuple[int, ...]
-    order: torch.Tensor | None = None
+    blocks: tuple[range, ...]
     reads: tuple[Read, ...] = ()
 
 
@@ -218,41 +209,40 @@ def head_sets(
 def partition(cut: Cut, length: int, group_size: int) -> Partition:
     """The causal blocks into which `cut` divides a document of `length` tokens with groups of `group_size` tokens.
 
-    >>> partition(Cut("shifted"), 10, 4).lengths
-    (2, 4, 4)
-    >>> partition(Cut("plain"), 10, 4).lengths
-    (4, 4, 2)
-    >>> scatter = partition(Cut("scatter", pieces=1, seed="0"), 6, 4)
-    >>> scatter.lengths, scatter.reads[0]
-    ((2, 2, 2), Read(query_start=2, query_stop=4, pieces=((0, 2),), weight=1.0))
+    >>> partition(Cut("shifted"), 10, 4).blocks
+    (range(0, 2), range(2, 6), range(6, 10))
+    >>> partition(Cut("dilated", 2), 10, 4).blocks
+    (range(0, 8, 2), range(1, 8, 2), range(8, 10, 2), range(9, 10, 2))
+    >>> partition(Cut("scatter", pieces=1, seed="0"), 6, 4).reads[0]
+    Read(query_start=2, query_stop=4, pieces=((0, 2),), weight=1.0)
     """
     if cut.kind == "full" or length <= group_size:
-        return Partition((length,))
+        return Partition((range(length),))
     half = group_size // 2
     if cut.kind in ("plain", "shifted", "scatter"):
         size = half if cut.kind == "scatter" else group_size
         first = random.Random(cut.offset_seed).randrange(group_size) if cut.offset_seed else 0
         first = (first + (half if cut.kind == "shifted" else 0)) % size
-        lengths = (*((first,) if first else ()), *_chunks(length - first, size))
-        return Partition(lengths, reads=tuple(_reads(cut, lengths, cut.piece_size or half)))
+        blocks = (*([range(first)] if first else ()), *_chunks(first, length, size))
+        return Partition(blocks, tuple(_reads(cut, blocks, cut.piece_size or half)))
     if cut.kind == "rolled":
-        return Partition(_chunks(length, group_size), torch.arange(length).roll(-half))
+        rolled = _chunks(half, length + half, group_size)
+        late = [range(block.start, min(block.stop, length)) for block in rolled]
+        early = [range(max(block.start, length) - length, block.stop - length) for block in rolled]
+        reads = (Read(b.start, b.stop, ((a.start, a.stop),)) for a, b in zip(late, early, strict=True) if a and b)
+        return Partition(tuple(block for block in (*late, *early) if block), tuple(reads))
     if cut.kind == "strided":
-        return _by_residue(0, length, math.ceil(length / group_size))
-    parts = [
-        _by_residue(start, min(start + group_size * cut.dilation, length), cut.dilation)
-        for start in range(0, length, group_size * cut.dilation)
-    ]
-    lengths = tuple(size for part in parts for size in part.lengths)
-    return Partition(lengths, torch.cat([part.order for part in parts if part.order is not None]))
+        return Partition(tuple(_by_residue(0, length, math.ceil(length / group_size))))
+    wide = _chunks(0, length, group_size * cut.dilation)
+    return Partition(tuple(block for part in wide for block in _by_residue(part.start, part.stop, cut.dilation)))
 
 
-def _reads(cut: Cut, lengths: tuple[int, ...], piece_size: int) -> Iterator[Read]:
+def _reads(cut: Cut, blocks: Sequence[range], piece_size: int) -> Iterator[Read]:
     """What each block reads besides itself: the sinks, and pieces drawn from what stands between them and it."""
     generator = random.Random(cut.seed)
-    start = 0
-    for length in lengths:
-        stop, sinks = start + length, min(cut.sink_tokens, start)
+    for block in blocks:
+        start, stop = block.start, block.stop
+        sinks = min(cut.sink_tokens, start)
         drawn: list[tuple[int, int]] = []
         choices = math.ceil((start - sinks) / piece_size) if cut.pieces else 0
         if choices:
@@ -265,7 +255,6 @@ def _reads(cut: Cut, lengths: tuple[int, ...], piece_size: int) -> Iterator[Read
         for pieces, times in ((certain, 1.0), (drawn, weight)):
             if pieces:
                 yield Read(start, stop, _without_seams(pieces), times)
-        start = stop
 
 
 def _without_seams(pieces: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
@@ -279,15 +268,13 @@ def _without_seams(pieces: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]
     return tuple(merged)
 
 
-def _chunks(length: int, size: int) -> tuple[int, ...]:
-    whole, rest = divmod(length, size)
-    return (size,) * whole + ((rest,) if rest else ())
+def _chunks(start: int, stop: int, size: int) -> tuple[range, ...]:
+    return tuple(range(first, min(first + size, stop)) for first in range(start, stop, size))
 
 
-def _by_residue(start: int, stop: int, stride: int) -> Partition:
+def _by_residue(start: int, stop: int, stride: int) -> Iterator[range]:
     """Tokens `[start, stop)` in blocks of equal position modulo `stride`, as `dilated` and `strided` take them."""
-    columns = [torch.arange(start + residue, stop, stride) for residue in range(min(stride, stop - start))]
-    return Partition(tuple(len(column) for column in columns), torch.cat(columns))
+    return (range(first, stop, stride) for first in range(start, min(start + stride, stop)))
 
 
 def _halves(heads: int, key_heads: int, first: Cut, second: Cut) -> list[HeadSet]:

@@ -1,10 +1,13 @@
 """`shifted_attention`: S2-Attn and every other pattern on plain tensors (paper section 3.2)."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from longlora.attention.backends import attend, check_backend
+from longlora.attention.block_attention import Halo
 from longlora.attention.kernels import Scoring
-from longlora.attention.layout import Documents, documents_from_segments, plan
+from longlora.attention.layout import Documents, documents_from_segments, first_key, plan
 from longlora.attention.patterns import FIRST_DRAW, PLAIN, Draw, warn_of_leak
 from longlora.errors import UserError
 from longlora.settings import PatternOptions
@@ -53,14 +56,68 @@ def shifted_attention(
     warn_of_leak(pattern)
     _check_shapes(query, key, value, group_size)
     rows, _, length, _ = query.shape
-    if segment_ids is None:
-        documents: Documents = (((0, length),),) * rows
-    elif tuple(segment_ids.shape) != (rows, length):
-        raise UserError(f"segment_ids is {tuple(segment_ids.shape)}: it must be (B, N) = {(rows, length)}.")
-    else:
-        documents = documents_from_segments(segment_ids)
+    documents = _documents(rows, length, segment_ids)
     plans = plan(documents, length, query.shape[1], key.shape[1], group_size, pattern, layer, options, draw)
     return attend(query, key, value, plans, Scoring(scale), backend)
+
+
+def piece_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group_size: int,
+    start: int,
+    length: int,
+    earlier: Callable[[int, slice], tuple[Tensor, Tensor]],
+    segment_ids: Tensor | None = None,
+    pattern: str = "shift",
+    backend: str = "auto",
+    *,
+    layer: int = 0,
+    scale: float | None = None,
+    options: PatternOptions = PLAIN,
+    draw: Draw = FIRST_DRAW,
+) -> Tensor:
+    """`shifted_attention` of tokens [start, start + T) of rows of `length` tokens, from those and their halo alone.
+
+        output = piece_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], group_size, a, n, earlier)
+
+    where `earlier(first, heads)` gives keys (B, k, start - first, D) and values of the k KV heads `heads`, tokens
+    [first, start); gradients flow back into both. It is asked once, for all that the pattern reads of earlier tokens,
+    or not at all. Layers of a model find the same through `longlora.model.pieces.Piece`.
+
+    Args:
+        query: (B, H, T, D), H a multiple of Hkv; key: (B, Hkv, T, D); value: (B, Hkv, T, Dv): the piece's own.
+        group_size, pattern, backend, layer, scale, options, draw: as for `shifted_attention`.
+        start: the piece's first token.
+        length: N, tokens of the whole row.
+        segment_ids: (B, N), of the whole row.
+
+    Returns:
+        (B, H, T, Dv), the rows [start, start + T) of what the whole row gives.
+
+    Raises:
+        UserError: as `shifted_attention`, and for `cyclic`, whose early tokens read the end of the row.
+    """
+    check_backend(backend)
+    _check_shapes(query, key, value, group_size)
+    rows, heads, tokens, _ = query.shape
+    documents = _documents(rows, length, segment_ids)
+    sizes = (documents, length, heads, key.shape[1], group_size, pattern, layer, options, draw)
+    plans = plan(*sizes, piece=(start, start + tokens))
+    halo, needed = None, first_key(plans, start)
+    if needed is not None:
+        first, first_head, last_head = needed
+        halo = Halo(first, first_head, *earlier(first, slice(first_head, last_head)))
+    return attend(query, key, value, plans, Scoring(scale), backend, start=start, halo=halo)
+
+
+def _documents(rows: int, length: int, segment_ids: Tensor | None) -> Documents:
+    if segment_ids is None:
+        return (((0, length),),) * rows
+    if tuple(segment_ids.shape) != (rows, length):
+        raise UserError(f"segment_ids is {tuple(segment_ids.shape)}: it must be (B, N) = {(rows, length)}.")
+    return documents_from_segments(segment_ids)
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, group_size: int) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from longlora.attention.backends import attend, choose_backend, dense_kernel
+from longlora.attention.backends import attend
+from longlora.attention.block_attention import Halo
 from longlora.attention.kernels import Scoring
-from longlora.attention.layout import Documents, HeadSetPlan, documents_from_model_inputs, plan
-from longlora.attention.local_attention import local_attention
+from longlora.attention.layout import Documents, HeadSetPlan, documents_from_model_inputs, first_key, plan
 from longlora.attention.patterns import FIRST_DRAW, Draw, layers_drawn, random_choices
 from longlora.errors import UserError
+from longlora.model.pieces import Piece
 from longlora.settings import PatternOptions
 
 
@@ -50,14 +51,22 @@ class ShiftedAttentionState:
         return ordinal in chosen
 
     def plans(
-        self, layer: int, documents: Documents, length: int, heads: int, key_heads: int, draw: Draw
+        self,
+        layer: int,
+        documents: Documents,
+        length: int,
+        heads: int,
+        key_heads: int,
+        draw: Draw,
+        piece: tuple[int, int] | None = None,
     ) -> tuple[HeadSetPlan, ...]:
-        """What each set of heads of layer `layer` does."""
+        """What each set of heads of layer `layer` does with rows of `length` tokens, or with a piece of them."""
         ordinal = self.global_layers.get(layer)
+        sizes = (documents, length, heads, key_heads, self.group_size)
         if ordinal is None or self.pattern == "full" or self.is_full(ordinal, draw):
-            return plan(documents, length, heads, key_heads, self.group_size, "full")
+            return plan(*sizes, "full", piece=piece)
         drawn = draw if random_choices(self.pattern, self.options) else FIRST_DRAW
-        return plan(documents, length, heads, key_heads, self.group_size, self.pattern, ordinal, self.options, drawn)
+        return plan(*sizes, self.pattern, ordinal, self.options, drawn, piece=piece)
 
 
 @dataclass(eq=False)
@@ -84,10 +93,13 @@ class ForwardPass:
                 state.next_draw = replace(self.draw, turn=self.draw.turn + 1)
         return self.draw
 
-    def documents_of(self, rows: int, length: int, position_ids: Tensor | None) -> Documents:
-        """The documents of `rows` rows of `length` tokens; see `documents_from_model_inputs`."""
+    def documents_of(self, rows: int, length: int, positions: Tensor | None, piece: Piece | None) -> Documents:
+        """The documents of `rows` rows of `length` tokens, or of the rows that `piece` is of."""
         if self.documents is None:
-            self.documents = documents_from_model_inputs(rows, length, self.padding, position_ids)
+            told = (
+                (length, self.padding, positions) if piece is None else (piece.length, piece.padding, piece.positions)
+            )
+            self.documents = documents_from_model_inputs(rows, *told)
         return self.documents
 
     def ordinary_mask(self, implementation: str) -> Any:
@@ -108,13 +120,15 @@ class LayerCall:
         draw: of the forward pass.
         scoring: scale, dropout, softcap and sinks.
         window: tokens of the layer's sliding window where the row is longer, else None.
+        piece: of the rows, or None where query, key and value are the whole rows'.
     """
 
     layer: int
     documents: Documents
     draw: Draw
     scoring: Scoring
-    window: int | None
+    window: int | None = None
+    piece: Piece | None = None
 
 
 def layer_attention(state: ShiftedAttentionState, call: LayerCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -124,17 +138,27 @@ def layer_attention(state: ShiftedAttentionState, call: LayerCall, query: Tensor
         UserError: a sliding window in a model of nothing else, or a backend that cannot act.
     """
     _, heads, length, _ = query.shape
-    if call.window is not None:
-        if call.layer in state.global_layers:
-            raise UserError(
-                f"every layer of this model attends to the last {call.window:,} tokens only (sliding_window), and "
-                f"the row has {length:,}: there is no full attention for S2-Attn to replace. Set sliding_window to "
-                "null in the model's config.json to train it with a longer reach."
-            )
-        # a window is a mask on every chunk, which only the dense kernels take, whatever serves the global layers
-        kernel = dense_kernel(choose_backend("auto", query, value, (), call.scoring), call.scoring)
-        output = local_attention(query, key, value, call.documents, call.window, kernel)
+    piece, key_heads = call.piece, key.shape[1]
+    start, row = (0, length) if piece is None else (piece.start, piece.length)
+    cut = (start, start + length)
+    backend = state.backend
+    if call.window is None:
+        plans = state.plans(call.layer, call.documents, row, heads, key_heads, call.draw, cut)
+    elif call.layer in state.global_layers:
+        raise UserError(
+            f"every layer of this model attends to the last {call.window:,} tokens only (sliding_window), and "
+            f"the row has {row:,}: there is no full attention for S2-Attn to replace. Set sliding_window to "
+            "null in the model's config.json to train it with a longer reach."
+        )
     else:
-        plans = state.plans(call.layer, call.documents, length, heads, key.shape[1], call.draw)
-        output = attend(query, key, value, plans, call.scoring, state.backend)
+        plans = plan(call.documents, row, heads, key_heads, 2, "full", window=call.window, piece=cut)
+        backend = "auto"  # parts of a window are for the kernels that `auto` takes, whatever serves the global layers
+    halo = None
+    if piece is not None:
+        piece.leave(key, value)
+        needed = first_key(plans, start)
+        if needed is not None:
+            first, first_head, last_head = needed
+            halo = Halo(first, first_head, *piece.earlier(first, slice(first_head, last_head)))
+    output = attend(query, key, value, plans, call.scoring, backend, start=start, halo=halo)
     return output.transpose(1, 2).contiguous()

@@ -18,6 +18,7 @@ from longlora.attention.kernels import Scoring
 from longlora.attention.patterns import FIRST_DRAW, PLAIN, Draw, warn_of_leak
 from longlora.attention.state import ForwardPass, LayerCall, ShiftedAttentionState, layer_attention
 from longlora.errors import UserError, check_choice
+from longlora.model.pieces import piece_at_work
 from longlora.model.positions import present_context
 from longlora.settings import PATTERNS, PatternOptions
 
@@ -253,14 +254,16 @@ def shifted_attention_forward(
         return _ordinary_attention(state.ordinary, module, query, key, value, attention_mask, keywords)
     _refuse_what_cannot_be_honoured(query, key, attention_mask, module, keywords)
     rows, _, length, _ = query.shape
+    piece = piece_at_work()
     window = keywords.get("sliding_window")
     dropout = keywords.get("dropout", 0.0) if module.training else 0.0
     call = LayerCall(
         cast(int, module.layer_idx),
-        attention_mask.documents_of(rows, length, keywords.get("position_ids")),
+        attention_mask.documents_of(rows, length, keywords.get("position_ids"), piece),
         attention_mask.draw_for(state, module.training),
         Scoring(keywords.get("scaling"), dropout, keywords.get("softcap"), keywords.get("s_aux")),
-        window if window is not None and length > window else None,
+        window if window is not None and (length if piece is None else piece.length) > window else None,
+        piece,
     )
     state.served += 1
     return layer_attention(state, call, query, key, value), None

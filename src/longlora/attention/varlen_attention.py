@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from longlora.attention.layout import HeadSetPlan
-from longlora.attention.pieces import heads_of, join
 from longlora.attention.varlen_layout import VarlenLayout, varlen_layout
 
 
@@ -21,7 +20,13 @@ class VarlenKernel(Protocol):
 
 
 def varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, plans: Sequence[HeadSetPlan], kernel: VarlenKernel, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plans: Sequence[HeadSetPlan],
+    kernel: VarlenKernel,
+    scale: float | None,
+    start: int = 0,
 ) -> Tensor:
     """Causal attention inside the blocks of `plans` and over what they read; padding tokens get zeros.
 
@@ -30,19 +35,19 @@ def varlen_attention(
         plans: from `longlora.attention.layout.plan`, without weights.
         kernel: attention over variable-length sequences.
         scale: factor of the scores; default 1 / sqrt(D).
+        start: the first token's place in its row.
 
     Returns:
         (B, H, N, Dv), a view of a contiguous (B, N, H, Dv).
     """
     rows, _, length, width = query.shape
     scale = width**-0.5 if scale is None else scale
-    sets = [plan.heads for plan in plans]
-    queries = heads_of(_in_line(query), [(s.query_start, s.query_stop) for s in sets])
-    keys = heads_of(_in_line(key), [(s.key_start, s.key_stop) for s in sets])
-    values = heads_of(_in_line(value), [(s.key_start, s.key_stop) for s in sets])
+    lines = [_in_line(x) for x in (query, key, value)]
     outputs = []
-    for plan, q, k, v in zip(plans, queries, keys, values, strict=True):
-        layout = varlen_layout(plan, length, query.device)
+    for plan in plans:
+        q = lines[0][:, plan.heads.query_start : plan.heads.query_stop]
+        k, v = (x[:, plan.heads.key_start : plan.heads.key_stop] for x in lines[1:])
+        layout = varlen_layout(plan, length, query.device, start)
         if not layout.sequences:
             outputs.append(v.new_zeros(len(q), q.shape[1], v.shape[2]))
             continue
@@ -52,7 +57,7 @@ def varlen_attention(
             nothing = output.new_zeros(rows * length, *output.shape[1:])
             output = nothing.index_copy(0, layout.query_order, output)
         outputs.append(output)
-    return join(outputs, 1).unflatten(0, (rows, length)).transpose(1, 2)
+    return torch.cat(outputs, 1).unflatten(0, (rows, length)).transpose(1, 2)
 
 
 def _in_line(x: Tensor) -> Tensor:

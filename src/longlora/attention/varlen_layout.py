@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from longlora.attention.layout import HeadSetPlan
-from longlora.attention.patterns import Read
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,42 +41,34 @@ class VarlenLayout:
 
 
 def can_be_laid_out(plan: HeadSetPlan) -> bool:
-    """Whether every key counts once: kernels for variable lengths know no weights."""
-    return all(read.weight == 1.0 for rows in plan.rows for read in rows.reads)
+    """Whether every key counts once, and none is out of reach: kernels for variable lengths know nothing else."""
+    return all(part.weight == 1.0 and part.sees != "later" for rows in plan.rows for part in rows.parts)
 
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)  # a layout outlives the pass that made it
-def varlen_layout(plan: HeadSetPlan, length: int, device: torch.device) -> VarlenLayout:
-    """The sequences of `plan` for rows of `length` tokens, on `device`; made once for each plan."""
-    query_sizes: list[int] = []
-    key_sizes: list[int] = []
+def varlen_layout(plan: HeadSetPlan, length: int, device: torch.device, start: int = 0) -> VarlenLayout:
+    """The sequences of `plan` for rows of `length` tokens from `start` on, on `device`; made once for each plan."""
     queries: list[Tensor] = []
     keys: list[Tensor] = []
+    repeat = False
     for rows in plan.rows:
-        reads: dict[int, list[Read]] = {}
-        for read in rows.reads:
-            reads.setdefault(read.query_start, []).append(read)
-        order = torch.arange(length) if rows.order is None else rows.order
-        row_queries, row_keys = [], []
-        for run in rows.runs:
-            for start in range(run.start, run.stop, run.length):
-                own = order[start : start + run.length]
-                earlier = [order[a:b] for read in reads.get(start, ()) for a, b in read.pieces]
-                row_queries.append(own)
-                row_keys += [*earlier, own]
-                query_sizes.append(len(own))
-                key_sizes.append(len(own) + sum(map(len, earlier)))
-        of_rows = len(row_queries)
+        sequences: dict[int, list[range]] = {}
+        for part in (one for parts in rows.parts for one in parts):
+            if part.sees == "causal":
+                sequences[part.queries.start] = [part.queries]
+            else:
+                sequences[part.queries.start].insert(-1, part.keys)
+                repeat = True
         for row in range(rows.row_start, rows.row_stop):
-            queries += [part + row * length for part in row_queries]
-            keys += [part + row * length for part in row_keys]
-        for sizes in (query_sizes, key_sizes):
-            sizes += sizes[len(sizes) - of_rows :] * (rows.row_stop - rows.row_start - 1)
-    tokens = length * (plan.rows[-1].row_stop if plan.rows else 0)
-    repeat = any(rows.reads for rows in plan.rows)
-    query_order = _unless_in_order(queries, tokens)
-    key_order = _unless_in_order(keys, tokens) if repeat else query_order
+            for tokens in sequences.values():
+                places = [torch.arange(each.start, each.stop, each.step) + row * length - start for each in tokens]
+                queries.append(places[-1])
+                keys.append(torch.cat(places))
+    query_sizes, key_sizes = ([len(each) for each in line] for line in (queries, keys))
+    tokens_in_all = length * (plan.rows[-1].row_stop if plan.rows else 0)
+    query_order = _unless_in_order(queries, tokens_in_all)
+    key_order = _unless_in_order(keys, tokens_in_all) if repeat else query_order
 
     def on_device(order: Tensor | None) -> Tensor | None:
         return None if order is None else order.to(device)

@@ -77,14 +77,10 @@ def panels(pattern: str, group: int, config: dict[str, Any], options: PatternOpt
 
 def seen(cut: Cut, tokens: int, group: int) -> Iterator[tuple[int, int, int]]:
     """`(i, j, block)` for every token `i`, in `block`, and each token `j` that it sees."""
-    cuts = partition(cut, tokens, group)
-    order = range(tokens) if cuts.order is None else cuts.order.tolist()
-    start, blocks = 0, {}
-    for block, length in enumerate(cuts.lengths):
-        blocks[start] = block
-        members = order[start : start + length]
+    cuts, blocks = partition(cut, tokens, group), {}
+    for block, members in enumerate(cuts.blocks):
+        blocks[members.start] = block
         yield from ((token, earlier, block) for rank, token in enumerate(members) for earlier in members[: rank + 1])
-        start += length
     for read in cuts.reads:
         yield from (
             (token, earlier, blocks[read.query_start])
