@@ -115,7 +115,7 @@ class Anatomy:
     """The LM head is the embedding."""
 
     written_out: bool
-    """Soft-capped scores or sinks: no fused kernel serves them, so blocks of scores exist."""
+    """Soft-capped scores: no fused kernel serves them, so scores of a tile exist."""
 
     tiles: bool
     """The feed-forward parts can run a tile of tokens at a time."""

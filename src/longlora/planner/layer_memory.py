@@ -6,6 +6,7 @@ is counted (`tests/test_plan_memory.py`): RMSNorms work in float32, LoRA and tra
 
 from dataclasses import dataclass
 
+from longlora.attention.kernels import LARGEST
 from longlora.planner.anatomy import Anatomy, LayerShape
 
 
@@ -108,16 +109,10 @@ def layer_bytes(anatomy: Anatomy, layer: LayerShape, step: Step) -> LayerBytes:
     if layer.fused and anatomy.rotary:
         attention += number * (layer.query + layer.key)
     attention_backward: float = number * (layer.output + 2 * projected) + 8 * hidden
-    reach: float = step.group_size or step.context
-    at_once = 0.25 if step.group_size else 1.0  # some blocks of a set of heads, when those before them are freed
     if layer.window is not None and layer.window < step.context:
-        # chunks of `window` queries read twice as many keys, joined, under a mask (`attention.local_attention`)
-        attention += number * (layer.key + layer.value) + number * 2 * layer.window
-        reach, at_once = 2 * layer.window - layer.window**2 / step.context, layer.window / step.context
-    if anatomy.written_out:  # scores after the cap and weights in float32, weights again as numbers of the base
-        attention += (8 + number) * anatomy.heads * reach
-        attention_backward += 4 * anatomy.heads * reach * at_once
-
+        attention_backward += 4 * projected  # a token is read by two chunks: summed in float32
+    if anatomy.written_out:  # scores before and after the cap, slopes, weights, their gradients, in float32
+        attention_backward += 6 * 4 * min(LARGEST / step.tokens, anatomy.heads * step.context)
     gated = layer.up > layer.middle
     feedforward: float = number * (layer.up + (layer.middle if gated else 0))
     feedforward += 2 * number * hidden * layer.experts  # tokens gathered for each expert, and scattered again

@@ -68,8 +68,7 @@ def read_anatomy(config: PreTrainedConfig, trainable: TrainableSettings, trust_r
         window=window(config),
         rotary=turned * (heads + key_heads) if rope else 0,
         tied=head.weight is embedding.weight,
-        written_out=bool(getattr(text, "attn_logit_softcapping", None))
-        or any(name.endswith(".sinks") for name, _ in model.named_parameters()),
+        written_out=bool(getattr(text, "attn_logit_softcapping", None)),
         tiles=_tiles(model),
         final_norm_operations=sum(_norm_operations(norm, 1) for norm in norms.values() if id(norm) not in inside),
         layers=shapes,
