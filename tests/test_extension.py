@@ -5,13 +5,11 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 import yaml
+from several_processes import die_at, together
 from transformers import AutoConfig
 
 from longlora.cli import main
@@ -122,11 +120,12 @@ def test_a_killed_run_resumes_to_the_same_result(base_folder, documents, tmp_pat
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     main(command(base_folder, documents, whole, steps=6, **random_choices))
     words = command(base_folder, documents, killed, steps=6, **random_choices)
-    process = subprocess.Popen([sys.executable, "-m", "longlora", *words], stderr=subprocess.DEVNULL)
-    while RunDirectory(killed).last_checkpoint() is None and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+
+    def work() -> None:
+        die_at(5)
+        main(words)
+
+    assert together(1, work, tmp_path / "log") == [-signal.SIGKILL]
     assert not (killed / "adapter").exists()
     main([*words, "--resume"])
     assert losses(killed) == pytest.approx(losses(whole), rel=1e-6)
@@ -155,17 +154,6 @@ def test_fewer_steps_than_are_trained_is_an_error(base_folder, documents, tmp_pa
     with pytest.raises(SystemExit, match="2"):
         main([*words, "--resume"])
     assert "has trained 4 steps and --steps is 2" in capsys.readouterr().err
-
-
-def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
-    run = RunDirectory(tmp_path)
-    for step, state, config in ((2, "{}", "{}"), (10, "{}", ""), (12, '{"epoch": 0.', "{}"), (14, "{}", None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "trainer_state.json").write_text(state)
-        if config is not None:
-            (folder / "config.json").write_text(config)
-    assert run.last_checkpoint() == tmp_path / "checkpoint-2"
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "isolate"])
@@ -297,12 +285,11 @@ def test_output_folders_are_protected(base_folder, documents, tmp_path, capsys):
     (foreign / "thesis.txt").write_text("mine")
     assert "is not empty and holds no run" in failing(command(base_folder, documents, foreign), capsys)
     assert sorted(os.listdir(foreign)) == ["thesis.txt"]
+    log = tmp_path / "log"
     with RunDirectory(run).locked():
-        child = subprocess.run(
-            [sys.executable, "-m", "longlora", *words, "--resume"], capture_output=True, text=True, check=False
-        )
-    assert child.returncode == 2
-    assert "is in use by another run" in child.stderr
+        for _ in range(2):  # the refused one leaves the lock of the one that runs
+            assert together(1, lambda: main([*words, "--resume"]), log) == [2]
+    assert log.read_text().count("is in use by another run") == 2
 
 
 def test_an_unknown_recipe_key_names_the_nearest(base_folder, tmp_path, capsys):
@@ -332,24 +319,6 @@ def test_flags_override_the_recipe(tmp_path):
     assert settings.training.lr == 5e-4
     _, settings = parse(["extend", "other", "--config", str(recipe), "--output", "x", "--data", "c"])
     assert (settings.model, settings.corpus.data) == ("other", ("c",))
-
-
-def test_a_full_disk_is_a_sentence_and_resumes(base_folder, documents, tmp_path, capsys, monkeypatch):
-    import errno
-
-    import longlora.training.trainer as training
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device", "checkpoint-2/optimizer.pt")
-
-    run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(training.ContextTrainer, "_save_optimizer_and_scheduler", full)
-        assert "the disk is full" in failing(command(base_folder, documents, run), capsys)
-    assert not (run / "adapter").exists()
-    assert RunDirectory(run).last_checkpoint() is None
-    main([*command(base_folder, documents, run), "--resume"])
-    assert (run / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_a_diverging_loss_is_said_to_be_one(base_folder, documents, tmp_path, capsys):
@@ -388,18 +357,6 @@ def test_a_model_that_cannot_be_served_is_refused_before_any_work(documents, tmp
     tiny_tokenizer().save_pretrained(folder)
     failing(command(folder, documents, tmp_path / "run"), capsys)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(base_folder, documents, tmp_path):
-    options = {"batch": 4, "steps": 3}
-    main(command(base_folder, documents, tmp_path / "one", **options))
-    words = command(base_folder, documents, tmp_path / "two", **options)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "longlora"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    subprocess.run([*launch, *words], check=True, capture_output=True, env=environment, timeout=300)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    assert len(RunDirectory(tmp_path / "two").read_metrics()) == 3
 
 
 def test_held_out_perplexity_is_measured_while_training(base_folder, documents, tmp_path):

@@ -101,7 +101,8 @@ def test_no_circle_of_imports_between_modules():
 ROOMS = {
     room: floor
     for floor, rooms in enumerate(
-        "errors logs tables help_page|settings|progress run_directory|corpus|model|attention evaluation|"
+        "errors|ranks whole_files|logs tables help_page|settings|progress run_directory|corpus|model|"
+        "attention evaluation|"
         "planner report longqa|training chat|bench|demo|reproduction".split("|")
     )
     for room in rooms.split()

@@ -1,6 +1,7 @@
 """Every recipe parses through the real settings, and says of its memory what the planner says."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 
 from longlora import cli
 from longlora.demo import recipe as demo_recipe
+from longlora.errors import REQUEUE
 from longlora.planner.fitting import Fit
 from longlora.planner.memory import host_bytes
 from longlora.planner.reading import read_anatomy
@@ -94,3 +96,22 @@ def test_the_tiny_recipe_is_the_demos():
     _, settings = cli.parse(words(next(file for file in RECIPES if file.stem == "tiny-demo")))
     ours, theirs = flat(settings), flat(demo_recipe("RUN", 0))
     assert {name for name in theirs if ours[name] != theirs[name]} <= {"contexts", "save_every"}
+
+
+@pytest.mark.parametrize(("name", "engine"), [("fsdp2", "FSDP"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED")])
+def test_accelerate_reads_its_config_files(name, engine):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(Path(__file__).parents[1] / "recipes" / "accelerate" / f"{name}.yaml"))
+    assert config.distributed_type == engine
+    assert config.num_processes == 8
+    if name == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+    else:
+        assert config.deepspeed_config["zero_stage"] == int(name[-1])
+
+
+def test_the_slurm_example_is_a_script():
+    script = Path(__file__).parents[1] / "recipes" / "slurm.sbatch"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert f'"$status" -eq {REQUEUE}' in script.read_text()

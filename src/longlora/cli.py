@@ -4,7 +4,6 @@ Commands and recipes are made from the dataclasses of `longlora.settings`; heavy
 """
 
 import dataclasses
-import errno
 import importlib
 import importlib.metadata
 import json
@@ -16,10 +15,12 @@ from typing import Any
 import tyro
 import yaml
 
+from longlora import ranks
 from longlora import settings as s
-from longlora.errors import UserError, check_choice, nearest
+from longlora.errors import REQUEUE, Interrupted, UserError, check_choice, nearest
 from longlora.help_page import help_page
 from longlora.logs import quiet_libraries
+from longlora.whole_files import NO_ROOM
 
 COMMANDS: dict[str, tuple[type[s.CommandSettings], str]] = {
     "extend": (s.ExtendSettings, "longlora.training.extension:extend"),
@@ -72,15 +73,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(json.dumps(result))
     except UserError as error:
         _fail(str(error), 2)
+    except Interrupted as stop:
+        _fail(str(stop), REQUEUE)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in NO_ROOM:
             raise
         where = f" while writing {error.filename}" if error.filename else ""
         again = " with --resume" if _resumes(name) else ""
         _fail(f"the disk is full{where}: free some space, then give the same command again{again}.", 2)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
-            raise
+            dead = ranks.who_died()
+            if dead is None:
+                raise
+            _fail(f"{dead} has ended, and the run with it: see why, then give the same command with --resume.", 1)
         cause = str(error).partition(". ")[0] or "the process"
         _fail(f"out of memory ({cause}): {_less_memory(name)}.", 2)
     except KeyboardInterrupt:
@@ -238,5 +244,6 @@ def _fields(kind: Any) -> dict[str, Any]:
 
 
 def _fail(sentence: str, status: int) -> None:
-    print(f"longlora: {sentence}", file=sys.stderr)
+    if ranks.speaks():
+        print(f"longlora: {sentence}", file=sys.stderr)
     raise SystemExit(status)

@@ -11,6 +11,18 @@ class UserError(Exception):
     """
 
 
+class Unfinished(UserError):  # noqa: N818
+    """What stopped a run in the middle of its work, which stays for `--resume` to go on with."""
+
+
+class Interrupted(Exception):  # noqa: N818
+    """The run was told to stop by a signal and did, so that `--resume` goes on; the exit status is REQUEUE."""
+
+
+REQUEUE = 75
+"""Exit status of a run that a scheduler stopped and should start again (EX_TEMPFAIL of sysexits.h)."""
+
+
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """`Did you mean 'x'?` for the allowed name closest to `given`, or the empty string when none is close.
 

@@ -5,6 +5,8 @@ import os
 import sys
 import warnings
 
+from longlora import ranks
+
 
 def quiet_libraries() -> None:
     """Set up logging for a process that runs a command, before it imports transformers."""
@@ -12,7 +14,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-    logging.getLogger("longlora").setLevel(logging.INFO)
+    # of several processes the first speaks for all
+    logging.getLogger("longlora").setLevel(logging.INFO if ranks.rank() == 0 else logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     # PEFT looks for a vocabulary change beside a base that is a .gguf file; this package never changes one
     warnings.filterwarnings("ignore", message="Could not find a config file in .*gguf")

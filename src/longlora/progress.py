@@ -7,6 +7,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from longlora import ranks
+
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 15.0
@@ -24,7 +26,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         self._began = self._last_line = time.monotonic()
-        terminal = sys.stderr.isatty()
+        terminal = sys.stderr.isatty() and ranks.rank() == 0
         self._bar = tqdm(total=self.total, desc=self.what, unit=f" {self.unit}", unit_scale=True) if terminal else None
         return self
 

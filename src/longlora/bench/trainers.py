@@ -211,7 +211,6 @@ def _way(name: str, model: nn.Module, settings: BenchStepSettings, device: torch
     trainer = ContextTrainer(
         training=settings.training,
         in_order=True,
-        held_out_loss=None,
         loss_kernel=choose_loss_kernel(memory.loss_kernel, unwrapped(model)),
         offload_optimizer=memory.offload_optimizer,
         model=model,

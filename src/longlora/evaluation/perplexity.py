@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig
 
 from longlora.errors import UserError
@@ -181,11 +182,15 @@ def check_positions(config: PreTrainedConfig, contexts: Sequence[int]) -> None:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, under autocast where precisions mix; each module's own mode comes back."""
     training = [module for module in model.modules() if module.training]
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     model.eval()
     try:
-        with torch.inference_mode(), mixed_precision(model):
+        # no inference mode: weights that FSDP2 or ZeRO-3 gathered in it could not be trained any more
+        with torch.no_grad(), mixed_precision(model):
             yield
     finally:
+        for unit in units:
+            unit.reshard()
         for module in training:
             module.training = True
 

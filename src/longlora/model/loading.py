@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
@@ -64,6 +65,7 @@ def load(
     merge: bool = False,
     trainable: bool = False,
     attn_implementation: str | None = None,
+    blank: bool = False,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """The model and tokenizer that `model` names (see `longlora.model.source`), in eval mode.
 
@@ -78,6 +80,7 @@ def load(
         merge: fold the adapter in, for a plain model (float32 arithmetic, rounded once to `dtype`).
         trainable: leave what trained trainable, and in float32, to go on training; otherwise all is frozen.
         attn_implementation: as transformers' `from_pretrained` takes it, `s2_attn` among them.
+        blank: read no weights; every parameter is on the meta device, for one that another process hands over.
 
     Raises:
         UserError: MODEL cannot be found or read, is no causal language model, its adapter does not fit its base,
@@ -90,14 +93,18 @@ def load(
     tokenizer = _tokenizer(source, trust_remote_code)
     _require_matching_vocabulary(source, config, tokenizer)
     tokenizer.model_max_length = max(tokenizer.model_max_length, window(config) or 0)
-    network = _network(source, config, dtype, trust_remote_code, adapters=adapters, trainable=trainable)
+    if blank:
+        network = _blank(source, config, dtype, trust_remote_code, adapters=adapters and not merge, trainable=trainable)
+    else:
+        network = _network(source, config, dtype, trust_remote_code, adapters=adapters, trainable=trainable)
     if merge and isinstance(network, PeftModel):
         network = _merged(network, source)
     if not trainable:
         network.requires_grad_(False)
     if attn_implementation is not None:
         _set_attention(network, attn_implementation)
-    cast(torch.nn.Module, network).to(place)
+    if not blank:
+        cast(torch.nn.Module, network).to(place)
     return network.eval(), tokenizer
 
 
@@ -265,6 +272,28 @@ def _network(
     if isinstance(base, PeftModel):
         base = _merged(base, below)
     return _with_adapter(base, source, trainable) if adapters else base
+
+
+def _blank(
+    source: ModelSource,
+    config: PreTrainedConfig,
+    dtype: str,
+    trust_remote_code: bool,
+    *,
+    adapters: bool,
+    trainable: bool,
+) -> PreTrainedModel | PeftModel:
+    """What `_network` returns, without its weights; merged adapters leave no trace in the shapes of a model."""
+    wanted = config.dtype if dtype == "auto" else getattr(torch, dtype)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    if not (source.is_adapter and adapters):
+        return model
+    adapter = PeftConfig.from_pretrained(source.location)
+    adapter.inference_mode = not trainable
+    wrapped = get_peft_model(model, adapter)
+    return keep_trainable_in_float32(wrapped) if trainable else wrapped
 
 
 def _merged(model: PeftModel, source: ModelSource) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from longlora.errors import UserError
@@ -24,13 +24,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def save_adapter(model: nn.Module, folder: str | Path, tokenizer: "PreTrainedTokenizerBase | None" = None) -> None:
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    state: dict[str, Tensor] | None = None,
+) -> None:
     """Write a stock PEFT adapter folder with the (stretched) config.json, and the tokenizer, beside it.
 
     Args:
         model: with adapters; DDP and `torch.compile` may be around it.
         folder: made where it is not there.
         tokenizer: saved too where it is given.
+        state: what trains by its name in the model's state dict, where this process holds only parts of it.
 
     Raises:
         UserError: the model has no adapters.
@@ -41,7 +47,7 @@ def save_adapter(model: nn.Module, folder: str | Path, tokenizer: "PreTrainedTok
             f"{type(inner).__name__} has no adapter to save: add one with longlora.add_adapters, or save the whole "
             "model with its own save_pretrained."
         )
-    inner.save_pretrained(str(folder))
+    inner.save_pretrained(str(folder), state_dict=cast(Any, state))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -5,7 +5,6 @@ silence: each switch that cannot act on this device, on this model or in this in
 """
 
 import logging
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import psutil
 import torch
 from transformers import PreTrainedConfig
 
+from longlora import ranks
 from longlora.errors import UserError
 from longlora.model.memory_saving.four_bit_base import four_bit_is_here
 from longlora.model.memory_saving.liger_loss import refuse_liger_here
@@ -90,8 +90,7 @@ def not_here() -> dict[str, str]:
         found |= {"offload_activations": nowhere, "offload_optimizer": nowhere}
     if not four_bit_is_here():
         found["base_bits"] = "bitsandbytes is not installed (pip install 'longlora[quant]')"
-    engine = _sharding_engine()
-    if engine:
+    if engine := ranks.engine():
         found["offload_optimizer"] = f"{engine} holds the optimizer and has offloading of its own (accelerate config)"
         found["base_bits"] = f"{engine} would have to divide 4-bit weights"
     return found
@@ -100,17 +99,9 @@ def not_here() -> dict[str, str]:
 def device_bytes() -> tuple[int, str]:
     """Bytes that are free where training runs, and what they are, in words."""
     if torch.cuda.is_available():
-        device = int(os.environ.get("LOCAL_RANK", "0"))
+        device = ranks.local_rank()
         return torch.cuda.mem_get_info(device)[0], f"free on {torch.cuda.get_device_name(device)}"
     return psutil.virtual_memory().available, "of this machine's memory is free"
-
-
-def _sharding_engine() -> str | None:
-    """What divides the model over processes, as `accelerate launch` says in the environment."""
-    for name, engine in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(name, "false").lower() == "true":
-            return engine
-    return None
 
 
 def _cheapest(run: MemoryNeed, lacking: dict[str, str]) -> Choice:
@@ -152,7 +143,7 @@ def _anatomy(run: MemoryNeed) -> Any:
 
 def _planned(run: MemoryNeed) -> PlanSettings:
     """The run as `longlora plan` would be asked about it."""
-    gpus = int(os.environ.get("WORLD_SIZE", "1"))
+    gpus = ranks.world_size()
     return PlanSettings(
         model=run.name,
         positions=PositionSettings(context=run.context),
@@ -161,7 +152,7 @@ def _planned(run: MemoryNeed) -> PlanSettings:
         training=run.training,
         memory=run.memory,
         gpus=gpus,
-        shard=gpus > 1 and _sharding_engine() is not None,
+        shard=gpus > 1 and ranks.engine() is not None,
     )
 
 

@@ -11,7 +11,7 @@ from longlora.settings import ExtendSettings, PlanSettings
 SAID = "context method group_size train rank steps batch device_batch dtype loss_chunk gradient_checkpointing".split()
 """Settings that a recipe states even where they are the default."""
 
-FOREIGN = ("model", "output", "config", "json", "resume", "memory", "gpu_memory", "reserve")
+FOREIGN = ("model", "output", "config", "json", "resume", "accept_changes", "memory", "gpu_memory", "reserve")
 """Settings of `extend` that are no part of a recipe, or are written by hand."""
 
 

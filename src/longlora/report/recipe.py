@@ -12,8 +12,8 @@ from longlora.report.reading import Recorded
 from longlora.settings import ExtendSettings, SftSettings
 
 OF_THIS_RUN = frozenset(
-    "model output data evaluation_data text_field max_tokens cache revision trust_remote_code context resume report_to"
-    " config json".split()
+    "model output data evaluation_data text_field max_tokens cache revision trust_remote_code context resume "
+    "accept_changes report_to config json".split()
 )
 """Settings that belong to this model, these documents and this machine, and are no part of the recipe."""
 

@@ -105,13 +105,18 @@ class OptimisationSettings:
     """Trackers the Trainer reports to: tensorboard, wandb, …"""
 
     resume: bool = False
-    """Go on from the last checkpoint in the output folder."""
+    """Go on from the last checkpoint in the output folder that is whole."""
+
+    accept_changes: bool = False
+    """With `resume`: go on although documents or settings changed, and measure anew; default they are refused."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "device_batch", "loss_chunk", "save_every"):
             at_least(name.replace("_", "-"), getattr(self, name), 1)
         if self.batch % self.device_batch:
             raise UserError(f"--batch is {self.batch}: it must be a multiple of --device-batch, {self.device_batch}.")
+        if self.accept_changes and not self.resume:
+            raise UserError("--accept-changes has no effect without --resume: a new run takes what it is given.")
         check_choice("--schedule", self.schedule, ("constant", "linear", "cosine"))
         check_choice("--dtype", self.dtype, ("float32", "bfloat16", "float16"))
 

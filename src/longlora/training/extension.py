@@ -1,23 +1,26 @@
 """`longlora extend`: base model and long documents in, the same model with a longer window out, measured on the way."""
 
+import hashlib
 import logging
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from longlora import ranks
 from longlora.attention.transformers_backend import use_shifted_attention
 from longlora.corpus.holding_out import held_out_documents
 from longlora.corpus.packing import PackedRows, describe, pack
 from longlora.corpus.tokens import tokenize_corpus
-from longlora.errors import UserError
+from longlora.errors import Unfinished, UserError
 from longlora.evaluation.command import perplexity_table
 from longlora.evaluation.perplexity import default_contexts, perplexity, perplexity_report
 from longlora.model.adapters import add_adapters_from, trainable_summary
@@ -25,11 +28,12 @@ from longlora.model.lm_head import unwrapped
 from longlora.model.loading import load, load_config
 from longlora.model.memory_saving.in_the_model import save_memory_in
 from longlora.model.positions import PositionExtension, extend_positions, present_context
-from longlora.model.saving import save_adapter
 from longlora.planner.choosing import MemoryNeed, choose_memory
 from longlora.report.page import write_report
 from longlora.run_directory import RunDirectory
 from longlora.settings import ExtendSettings, MemorySettings, PerplexitySettings
+from longlora.training.checkpoints import save_model
+from longlora.training.sharding import is_to_be_sharded, loads_weights, shard
 from longlora.training.trainer import document_loss, refuse_missing_trackers, train
 
 logger = logging.getLogger(__name__)
@@ -43,6 +47,8 @@ class Data:
     held_out: Sequence[np.ndarray]
     """Token ids (n,) of each document."""
     held_out_name: str
+    content: Mapping[str, Mapping[str, Any]]
+    """What `RunDirectory.recognise` knows the text by."""
 
 
 def extend(settings: ExtendSettings) -> dict[str, Any]:
@@ -56,10 +62,13 @@ def extend(settings: ExtendSettings) -> dict[str, Any]:
     Raises:
         UserError: any setting, document, model or folder that does not fit, before anything is trained.
     """
-    settings = _with_memory_chosen(settings, _refuse_early(settings))
+    config = _refuse_early(settings)
+    ranks.join()
+    settings = ranks.first_alone(lambda: _with_memory_chosen(settings, config))
+    resume, accept = settings.training.resume, settings.training.accept_changes
     run = RunDirectory(settings.output)
     with run.locked(), nothing_left_behind(run):
-        run.begin("extend", flat(settings), settings.training.resume)
+        run.begin("extend", flat(settings), resume, accept)
         model, tokenizer = load_for_training(settings)
         # here already, so that a model that cannot be served is refused before hours of work
         use_shifted_attention(
@@ -68,16 +77,23 @@ def extend(settings: ExtendSettings) -> dict[str, Any]:
             backend=settings.attention.attention_backend,
         )
         data = prepare_data(settings, tokenizer, model)
+        run.recognise(data.content, accept)
         measured = _measured_contexts(settings, model, data)
         evaluation = {}
-        if measured:
-            evaluation["base"] = measure(run, "base", "base model", model, settings, data, [measured], 0)
-        extension = extend_positions(model, settings.positions.context, settings.positions.method)
-        if measured:
-            label = f"{settings.positions.method}, not trained"
-            evaluation["untrained"] = measure(run, "untrained", label, model, settings, data, [measured], 1)
+        stretched = type(model.config).from_dict(model.config.to_dict())
+        extension = extend_positions(stretched, settings.positions.context, settings.positions.method)
 
-        trained, summary = train_extension(model, tokenizer, settings, run, data, extension)
+        def before(trainee: nn.Module) -> None:
+            """Measure the model as it came, then with its positions stretched."""
+            with without_adapters(trainee):
+                if measured:
+                    evaluation["base"] = measure(run, "base", "base model", trainee, settings, data, [measured], 0)
+                extend_positions(unwrapped(trainee), settings.positions.context, settings.positions.method)
+                if measured:
+                    label = f"{settings.positions.method}, not trained"
+                    evaluation["untrained"] = measure(run, "untrained", label, trainee, settings, data, [measured], 1)
+
+        trained, summary = train_extension(model, tokenizer, settings, run, data, extension, before)
         if measured:
             evaluation["trained"] = measure(run, "trained", "longlora", trained, settings, data, [measured], 2)
         summary["evaluation"] = evaluation
@@ -96,8 +112,13 @@ def train_extension(
     run: RunDirectory,
     data: Data,
     extension: PositionExtension,
+    before: Callable[[nn.Module], None] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Add what trains, train with the attention pattern, and save the adapter (or the model) into `run`.
+
+    Args:
+        before: called with the model, adapters on and sharded if it is to be, before it trains; where it is None the
+            positions are stretched already.
 
     Returns:
         The trained model in eval mode, and the run's summary without its evaluation.
@@ -106,6 +127,8 @@ def train_extension(
     context = settings.positions.context
     trainee = add_adapters_from(settings.trainable, model)
     trainable = announce_trainable(trainee)
+    if is_to_be_sharded():
+        shard(trainee)
     long = [ids for ids in data.held_out if len(ids) >= context][:8]
     trained = train(
         trainee,
@@ -116,6 +139,7 @@ def train_extension(
         held_out_loss=document_loss(long, settings.positions.tokens_per_row) if long else None,
         in_order=settings.corpus.in_order,
         memory=settings.memory,
+        before=partial(before, trainee) if before else None,
     )
     save_result(trainee, tokenizer, run, context)
     trainee.eval()
@@ -130,6 +154,11 @@ def train_extension(
         "memory": memory_facts(settings.memory, settings.training.gradient_checkpointing),
         "data": {"name": ", ".join(settings.corpus.data), **describe(data.rows)},
     }
+
+
+def without_adapters(model: nn.Module) -> AbstractContextManager[None]:
+    """`model` as it was before adapters were added to it."""
+    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
 
 def announce_trainable(trainee: nn.Module) -> dict[str, Any]:
@@ -188,7 +217,20 @@ def prepare_data(settings: ExtendSettings, tokenizer: PreTrainedTokenizerBase, m
     epochs = settings.training.steps * settings.training.batch / len(rows)
     if epochs > 1:
         logger.info("training passes over these rows %.1f times; more data or fewer --steps avoids that", epochs)
-    return Data(rows, held_out, ", ".join(settings.evaluation_data or corpus.data))
+    content = {
+        "the text to train on": {"fingerprint": fingerprint(training.offsets, training.tokens), "rows": len(rows)},
+        "the text to measure on": {"fingerprint": fingerprint(*held_out), "documents": len(held_out)},
+    }
+    return Data(rows, held_out, ", ".join(settings.evaluation_data or corpus.data), content)
+
+
+def fingerprint(*arrays: np.ndarray) -> str:
+    """Changes with any number in `arrays`, and with where one of them ends."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:16]
 
 
 def refuse_unknown_token(largest: int, model: nn.Module, name: str) -> None:
@@ -218,8 +260,7 @@ def measure(
         order: place of this line in tables and charts.
     """
     file = f"perplexity-{name}"
-    # what training changes is measured anew: a resumed run may have been given more steps
-    known = run.read_evaluation(file) if settings.training.resume and name != "trained" else None
+    known = known_before(run, file, settings.training.resume and name != "trained")
     if known:
         return known
     logger.info("perplexity of %s", label)
@@ -234,25 +275,26 @@ def measure(
     return document
 
 
+def known_before(run: RunDirectory, file: str, wanted: bool) -> dict[str, Any] | None:
+    """What a resumed run has measured already; what training changes never is, for more steps may have been given."""
+    return ranks.first_alone(lambda: run.read_evaluation(file)) if wanted else None
+
+
 def save_result(model: Any, tokenizer: PreTrainedTokenizerBase, run: RunDirectory, context: int) -> None:
     """Save `adapter/` (or `model/` after full training) in one step, with the tokenizer set to the new window."""
     tokenizer.model_max_length = context
-    if not run.writes:
-        return
-    full = isinstance(model, PreTrainedModel)
-    target = run.model if full else run.adapter
-    beside = run.path / f".{target.name}.{os.getpid()}"
-    try:
-        if full:
-            model.save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
-        else:
-            save_adapter(model, beside, tokenizer)
+    target = run.model if isinstance(model, PreTrainedModel) else run.adapter
+    beside = run.path / f".{target.name}"
+
+    def finish() -> None:
         if target.exists():
             shutil.rmtree(target)
         beside.replace(target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+
+    with run.writing():
+        ranks.first_alone(lambda: shutil.rmtree(beside, ignore_errors=True))
+        save_model(model, beside, tokenizer)
+        ranks.first_alone(finish)
 
 
 def _story(summary: dict[str, Any]) -> str:
@@ -296,6 +338,7 @@ def _refuse_early(settings: ExtendSettings) -> PreTrainedConfig:
     config = load_config(
         settings.model, trust_remote_code=settings.loading.trust_remote_code, revision=settings.loading.revision
     )
+    ranks.refuse_what_cannot_train(settings.training.batch, settings.training.device_batch)
     refuse_missing_trackers(settings.training)
     window = present_context(config)
     if settings.positions.context <= window:
@@ -321,7 +364,8 @@ def load_for_training(settings: ExtendSettings) -> tuple[PreTrainedModel, PreTra
     model, tokenizer = load(
         settings.model,
         dtype=settings.training.dtype,
-        device=None if settings.memory.base_bits else "auto",
+        device=None if settings.memory.base_bits or is_to_be_sharded() else "auto",
+        blank=not loads_weights(),
         trust_remote_code=loading.trust_remote_code,
         revision=loading.revision,
         merge=True,
@@ -354,10 +398,12 @@ def nothing_left_behind(run: RunDirectory) -> Iterator[None]:
     existed = run.settings_file.exists()
     try:
         yield
+    except Unfinished:
+        raise
     except UserError:
         if run.writes and not existed and run.last_checkpoint() is None:
-            run.settings_file.unlink(missing_ok=True)
-            run.metrics_file.unlink(missing_ok=True)
+            for file in (run.settings_file, run.metrics_file, run.content_file):
+                file.unlink(missing_ok=True)
             shutil.rmtree(run.evaluation, ignore_errors=True)
         raise
 

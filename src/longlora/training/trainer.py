@@ -1,11 +1,13 @@
 """Training on packed rows with transformers' Trainer: our loss, our parameter groups, our metrics, nothing else."""
 
+import ctypes
 import logging
 import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from longlora import ranks
 from longlora.attention.patterns import Draw
 from longlora.attention.schedule import attention_at
 from longlora.attention.transformers_backend import draw_from, use_shifted_attention
@@ -37,11 +40,19 @@ from longlora.settings import (
     PerplexitySettings,
     TrainingSettings,
 )
+from longlora.training.checkpoints import load_checkpoint, load_random_state, save_checkpoint
+from longlora.training.interruption import Interruption
+from longlora.training.row_order import FilledUp, RowOrder
+from longlora.training.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
 HeldOutLoss = Callable[[nn.Module], float]
 """Mean loss of a model in nats a token on what it does not train on."""
+
+
+LONG_ON_A_CPU = 2**16
+"""Tokens of a row from which the host's memory is managed for size instead of speed, where it is what trains."""
 
 
 class ContextTrainer(Trainer):
@@ -52,14 +63,54 @@ class ContextTrainer(Trainer):
         *,
         training: TrainingSettings,
         in_order: bool,
-        held_out_loss: HeldOutLoss | None,
+        run: RunDirectory | None = None,
+        held_out_loss: HeldOutLoss | None = None,
+        before: Callable[[], None] | None = None,
         loss_kernel: str = "chunked",
         offload_optimizer: bool = False,
         **arguments: Any,
     ):
+        self.is_sharded = is_sharded(arguments["model"])
         super().__init__(**arguments)
-        self.training, self.in_order, self.held_out_loss = training, in_order, held_out_loss
+        self.run, self.training, self.in_order, self.held_out_loss = run, training, in_order, held_out_loss
+        self.before = before
         self.loss_kernel, self.offload_optimizer = loss_kernel, offload_optimizer
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer does; a model that is sharded already is neither moved nor wrapped."""
+        super().create_accelerator_and_postprocess()
+        if self.is_sharded:
+            own = self.accelerator.prepare_model
+            cast(Any, self.accelerator).prepare_model = lambda model, **_: own(
+                model, device_placement=False, evaluation_mode=True
+            )
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self.is_sharded:
+            super()._move_model_to_device(model, device)
+
+    def prepare(self, checkpoint: Path | None) -> None:
+        """Make ready all that trains, as `checkpoint` has it, without training."""
+        self._prepare_for_training(self.args.max_steps, self.get_train_dataloader(), checkpoint)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.before is not None:
+            self.before()
+        if resume_from_checkpoint is not None:
+            load_checkpoint(self, Path(resume_from_checkpoint))
+        return prepared
+
+    def _load_from_checkpoint(self, *_: Any, **__: Any) -> None:
+        """Everything is loaded once it is prepared."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_random_state(Path(checkpoint))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        assert self.run is not None, "saved only where there is a run"
+        save_checkpoint(self, self.run)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with a learning rate of their own for norms and embeddings."""
@@ -85,19 +136,11 @@ class ContextTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.in_order:
-            return torch.utils.data.SequentialSampler(cast(Any, dataset))
-        return super()._get_train_sampler(train_dataset)
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether each process holds a part of the weights (FSDP, DeepSpeed)."""
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
-
-    def take_over(self, checkpoint: Path) -> None:
-        """Give the model the weights of `checkpoint`, without training."""
-        self._load_from_checkpoint(str(checkpoint))
+        rows = len(cast(Any, self.train_dataset))
+        together = self.args.per_device_train_batch_size * self.args.world_size
+        steps = math.ceil(rows / (together * self.args.gradient_accumulation_steps))
+        seed = None if self.in_order else self.training.seed
+        return RowOrder(rows, together, seed, lambda: self.state.global_step // steps)
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """The held-out loss, with full attention."""
@@ -121,6 +164,7 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **_):  # type: ignore[no-untyped-def]
         self.began = time.monotonic()
         self.first_step = state.global_step
+        state.compute_steps(args, state.max_steps)  # --save-every as it is now, not as a checkpoint had it
         self.progress = Progress("training", "steps", state.max_steps).__enter__()
         if state.is_world_process_zero:
             self.run.forget_metrics_after(state.global_step)
@@ -150,11 +194,6 @@ class MetricsCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
         loss = f", loss {self.loss:.3f}" if math.isfinite(self.loss) else ""  # the first is logged after its step
         self.progress.show(state.global_step, f"step {state.global_step} of {state.max_steps}{loss}")
-
-    def on_save(self, args, state, control, model=None, **_):  # type: ignore[no-untyped-def]
-        """A checkpoint gets the stretched config beside it, so that it loads as an adapter folder does."""
-        if state.is_world_process_zero:
-            unwrapped(model).config.save_pretrained(self.run.path / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
         self.progress.__exit__(None, None, None)
@@ -196,6 +235,17 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def give_back_large_blocks() -> None:
+    """Has glibc take each large block from the system and return it, instead of a heap that chunks of a loss riddle.
+
+    One layer of width 32 at 1,000,000 tokens takes 2.75 GB so, and 20.9 GB of holes otherwise.
+    """
+    m_mmap_threshold = -3  # malloc.h
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**16)
+
+
 def refuse_missing_trackers(training: OptimisationSettings) -> None:
     """Raises UserError when `report_to` names a tracker that is not installed."""
     available = get_available_reporting_integrations()
@@ -226,6 +276,7 @@ def train(
     tokens_per_step: int | None = None,
     collate: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]] | None = None,
     memory: MemorySettings | None = None,
+    before: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place on `rows`, checkpointing into `run`.
 
@@ -241,28 +292,30 @@ def train(
         tokens_per_step: tokens of an optimiser step, on average; default `training.batch` rows of `context`.
         collate: makes one batch of rows of several lengths.
         memory: what is offloaded, and the kernel of the loss; a tiled MLP and a 4-bit base are the model's already.
+        before: called once the engine has taken over `model`, before a checkpoint is loaded: what is to be measured of
+            the model as it comes.
 
     Returns:
         Steps, final loss, tokens, seconds, tokens a second and peak memory.
 
     Raises:
-        UserError: a batch that does not divide over the devices, a checkpoint of more steps than are asked for, a loss
-            that is no number, or a kernel of the loss that cannot serve the model here.
+        UserError: a checkpoint of more steps than are asked for, a loss that is no number, a kernel of the loss that
+            cannot serve the model here, or a full disk.
+        Interrupted: a signal ended it before its last step.
     """
     memory = memory or MemorySettings()
     arguments = _trainer_arguments(training, run.path, held_out_loss is not None, memory.offload_activations)
-    share = training.device_batch * arguments.world_size
-    if training.batch % share:
-        raise UserError(
-            f"--batch is {training.batch}: it must be a multiple of --device-batch x processes, "
-            f"{training.device_batch} x {arguments.world_size}."
-        )
-    arguments.gradient_accumulation_steps = training.batch // share
+    arguments.gradient_accumulation_steps = training.batch // (training.device_batch * arguments.world_size)
     # the Trainer writes it into the config, which is saved with the result; the loss asks for no cache anyway
     arguments.use_cache = getattr(unwrapped(model).config, "use_cache", False)
     context = context or len(rows[0]["input_ids"])
+    if context >= LONG_ON_A_CPU and not torch.accelerator.is_available():
+        give_back_large_blocks()
     tokens_per_step = tokens_per_step or training.batch * context
+    interruption = Interruption()
     trainer = ContextTrainer(
+        run=run,
+        before=before,
         training=training,
         in_order=in_order,
         held_out_loss=held_out_loss,
@@ -270,19 +323,18 @@ def train(
         offload_optimizer=memory.offload_optimizer,
         model=model,
         args=arguments,
-        train_dataset=rows,
+        train_dataset=FilledUp(rows),
         eval_dataset=rows if held_out_loss else None,
         data_collator=collate,
         callbacks=[
             MetricsCallback(run, tokens_per_step),
             AttentionSchedule(attention, context, training.seed),
+            interruption,
         ],
     )
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
-    # sharded weights are loaded by the Trainer's loop alone, which trains at least one step
-    before = training.steps if trainer.is_sharded else None
-    checkpoint = run.last_checkpoint(before) if training.resume else None
+    checkpoint = ranks.first_alone(lambda: run.last_checkpoint(verify=True)) if training.resume else None
     if checkpoint:
         logger.info("going on from %s", checkpoint)
     began = time.monotonic()
@@ -293,9 +345,11 @@ def train(
             "another --output."
         )
     if checkpoint and steps == training.steps:
-        trainer.take_over(checkpoint)  # the loop would train one step more
+        trainer.prepare(checkpoint)  # the loop would train one step more
     else:
-        steps = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).global_step
+        with interruption:
+            steps = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).global_step
+        interruption.raise_if_stopped(steps, training.steps)
     seconds = time.monotonic() - began
     metrics = run.read_metrics()
     return {
@@ -312,9 +366,13 @@ def _trainer_arguments(
     training: TrainingSettings, folder: Path, evaluates: bool, offload_activations: bool
 ) -> TrainingArguments:
     every = training.evaluate_every if evaluates else None
+    on_cpu = not torch.accelerator.is_available()
+    # Accelerate takes `use_cpu` for a wish to have no DeepSpeed
+    zero_on_cpu = on_cpu and ranks.engine() == "DeepSpeed"
     return TrainingArguments(
         output_dir=str(folder),
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=on_cpu and not zero_on_cpu,
+        ddp_backend="gloo" if zero_on_cpu else None,
         max_steps=training.steps,
         per_device_train_batch_size=training.device_batch,
         learning_rate=training.lr,
@@ -330,7 +388,7 @@ def _trainer_arguments(
         logging_steps=1 if training.steps <= 200 else 10,
         logging_nan_inf_filter=False,
         save_steps=training.save_every,
-        save_total_limit=2,
+        ddp_find_unused_parameters=False,
         eval_strategy="steps" if every else "no",
         eval_steps=every,
         report_to=list(training.report_to),

@@ -12,6 +12,7 @@ from longlora.corpus.conversations import Example
 from longlora.corpus.packing import IGNORED
 from longlora.errors import UserError
 from longlora.evaluation.perplexity import evaluating
+from longlora.evaluation.processes import shared_out
 from longlora.model.lm_head import run_token_losses
 from longlora.progress import Progress
 
@@ -35,7 +36,7 @@ class AnswerLoss:
 def answer_loss(
     model: nn.Module, examples: Sequence[Example], *, chunk: int = 1024, progress: bool = True
 ) -> AnswerLoss:
-    """The loss of the examples' answers; the model runs in evaluation mode and is left in the mode it was in.
+    """The loss of the examples' answers, which processes share; the model runs in evaluation mode and keeps its own.
 
     Args:
         model: a causal language model of transformers, possibly wrapped (PEFT).
@@ -47,15 +48,19 @@ def answer_loss(
         UserError: the loss is not finite, or the model cannot be scored (`longlora.model.lm_head`).
     """
     device = next(model.parameters()).device
+
+    def summed(example: Example) -> float:
+        input_ids = torch.from_numpy(example.tokens).long().to(device)[None]
+        labels = torch.full_like(input_ids, IGNORED)
+        labels[0, :-1] = torch.from_numpy(example.labels(IGNORED))[1:]
+        losses, _ = run_token_losses(model, {"input_ids": input_ids}, labels, chunk)
+        return losses.double().sum().item()
+
     nll, tokens = 0.0, 0
     bar = Progress("loss of held-out answers", "examples", len(examples)) if progress else nullcontext()
     with evaluating(model), bar as shown:
-        for number, example in enumerate(examples, start=1):
-            input_ids = torch.from_numpy(example.tokens).long().to(device)[None]
-            labels = torch.full_like(input_ids, IGNORED)
-            labels[0, :-1] = torch.from_numpy(example.labels(IGNORED))[1:]
-            losses, _ = run_token_losses(model, {"input_ids": input_ids}, labels, chunk)
-            nll += losses.double().sum().item()
+        for number, (example, added) in enumerate(shared_out(examples, summed), start=1):
+            nll += added
             tokens += example.answer_tokens
             if shown is not None:
                 shown.show(number, f"{nll / tokens:.3f} so far")

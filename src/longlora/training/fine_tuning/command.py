@@ -5,17 +5,21 @@ MODEL ──► (longer positions) ──► adapter, new or its own ──► t
                  └──────────── loss of held-out answers, before and after ───────────┘
 """
 
+import copy
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from longlora import ranks
 from longlora.attention.transformers_backend import use_shifted_attention
 from longlora.corpus.conversations import ConversationFormat, Example
+from longlora.corpus.packing import IGNORED
 from longlora.errors import UserError
 from longlora.model.adapters import add_adapters_from
 from longlora.model.lm_head import unwrapped
@@ -29,15 +33,19 @@ from longlora.run_directory import RunDirectory
 from longlora.settings import SftSettings, TrainableSettings
 from longlora.training.extension import (
     announce_trainable,
+    fingerprint,
     flat,
+    known_before,
     memory_facts,
     nothing_left_behind,
     refuse_unknown_token,
     save_result,
+    without_adapters,
 )
 from longlora.training.fine_tuning.answer_loss import answer_loss
 from longlora.training.fine_tuning.examples import hold_out, read_examples
 from longlora.training.fine_tuning.packing import PackedExamples, collate, pack_examples
+from longlora.training.sharding import is_to_be_sharded, loads_weights, shard
 from longlora.training.trainer import refuse_missing_trackers, train
 
 logger = logging.getLogger(__name__)
@@ -66,6 +74,8 @@ class Data:
     held_out: Sequence[Example]
     held_out_name: str
     facts: dict[str, Any]
+    content: Mapping[str, Mapping[str, Any]]
+    """What `RunDirectory.recognise` knows the pairs by."""
 
 
 def sft(settings: SftSettings) -> dict[str, Any]:
@@ -86,10 +96,12 @@ def sft(settings: SftSettings) -> dict[str, Any]:
         UserError: any setting, pair, model or folder that does not fit, before anything is trained.
     """
     plan = _plan(settings)
-    settings = _with_memory_chosen(settings, plan)
+    ranks.join()
+    settings = ranks.first_alone(lambda: _with_memory_chosen(settings, plan))
+    resume, accept = settings.training.resume, settings.training.accept_changes
     run = RunDirectory(settings.output)
     with run.locked(), nothing_left_behind(run):
-        run.begin("sft", flat(settings) | _base(plan.source), settings.training.resume)
+        run.begin("sft", flat(settings) | _base(plan.source), resume, accept)
         model, tokenizer = _load(settings, plan.source)
         # here already, so that a model that cannot be served is refused before hours of work
         use_shifted_attention(
@@ -97,22 +109,31 @@ def sft(settings: SftSettings) -> dict[str, Any]:
         )
         conversations = ConversationFormat(tokenizer, settings.prompt_format)
         data = _prepare(settings, conversations, plan.context)
+        run.recognise(data.content, accept)
         largest = max(int(example.tokens.max()) for example in [*data.rows.examples, *data.held_out])
         refuse_unknown_token(largest, model, settings.model)
         training = settings.training.for_rows(len(data.rows))
         _look_at_steps(settings, len(data.rows), training.steps)
 
-        answers = {}
-        if data.held_out:
-            answers["base"] = _measure(run, "base", "before", model, settings, data, 0)
-        extension = _extend(model, plan, settings.method)
-        if data.held_out and plan.extends:
-            label = f"{settings.method}, not trained"
-            answers["untrained"] = _measure(run, "untrained", label, model, settings, data, 1)
-
         set_seed(settings.training.seed)
+        goes_on = isinstance(model, PeftModel)
         trainee = model if isinstance(model, PeftModel) else add_adapters_from(settings.trainable, model)
         trainable = announce_trainable(trainee)
+        if is_to_be_sharded():
+            shard(trainee)
+        answers = {}
+        extension = _extend(copy.deepcopy(unwrapped(model).config), plan, settings.method)
+
+        def before() -> None:
+            """Measure the model as it came, and then with its positions stretched where they are."""
+            with nullcontext() if goes_on else without_adapters(trainee):
+                if data.held_out:
+                    answers["base"] = _measure(run, "base", "before", trainee, settings, data, 0)
+                _extend(unwrapped(trainee), plan, settings.method)
+                if data.held_out and plan.extends:
+                    label = f"{settings.method}, not trained"
+                    answers["untrained"] = _measure(run, "untrained", label, trainee, settings, data, 1)
+
         steps_an_epoch = math.ceil(len(data.rows) / training.batch)
         trained = train(
             trainee,
@@ -125,6 +146,7 @@ def sft(settings: SftSettings) -> dict[str, Any]:
             tokens_per_step=round(data.rows.tokens / steps_an_epoch),
             collate=collate,
             memory=settings.memory,
+            before=before,
         )
         if conversations.template is not None:
             tokenizer.chat_template = conversations.template  # so that whoever uses the result asks as it was taught
@@ -154,6 +176,7 @@ def sft(settings: SftSettings) -> dict[str, Any]:
 
 def _plan(settings: SftSettings) -> Plan:
     """Mistakes that need no weights to see."""
+    ranks.refuse_what_cannot_train(settings.training.batch, settings.training.device_batch)
     refuse_missing_trackers(settings.training)
     loading = settings.loading
     source = locate(settings.model, loading.revision)
@@ -219,7 +242,8 @@ def _load(settings: SftSettings, source: ModelSource) -> tuple[PreTrainedModel |
     model, tokenizer = load(
         settings.model,
         dtype=settings.training.dtype,
-        device=None if settings.memory.base_bits else "auto",
+        device=None if settings.memory.base_bits or is_to_be_sharded() else "auto",
+        blank=not loads_weights(),
         trust_remote_code=settings.loading.trust_remote_code,
         revision=settings.loading.revision,
         trainable=source.is_adapter,
@@ -257,7 +281,16 @@ def _prepare(settings: SftSettings, conversations: ConversationFormat, context: 
         "answer_tokens": answer_tokens,
         "rows": len(rows),
     }
-    return Data(rows, held_out, ", ".join(settings.evaluation_data or settings.data), facts)
+    content = {
+        "what there is to train on": {"fingerprint": _fingerprint(training), "examples": len(training)},
+        "what there is to measure on": {"fingerprint": _fingerprint(held_out), "examples": len(held_out)},
+    }
+    return Data(rows, held_out, ", ".join(settings.evaluation_data or settings.data), facts, content)
+
+
+def _fingerprint(examples: Sequence[Example]) -> str:
+    """Changes with any token of the examples and with what of them are answers."""
+    return fingerprint(*(array for example in examples for array in (example.tokens, example.labels(IGNORED))))
 
 
 def _look_at_steps(settings: SftSettings, rows: int, steps: int) -> None:
@@ -281,12 +314,12 @@ def _look_at_steps(settings: SftSettings, rows: int, steps: int) -> None:
         )
 
 
-def _extend(model: PreTrainedModel | PeftModel, plan: Plan, method: str) -> PositionExtension:
-    base = unwrapped(model)
+def _extend(model: PreTrainedModel | PreTrainedConfig, plan: Plan, method: str) -> PositionExtension:
+    """Stretch the positions where the plan has it, or tell that they stay."""
     if plan.extends:
-        return extend_positions(base, plan.context, method)
+        return extend_positions(model, plan.context, method)
     try:
-        original = original_context(base.config)
+        original = original_context(model if isinstance(model, PreTrainedConfig) else model.config)
     except UserError:  # learned positions
         original = plan.present
     message = f"the window stays as it is, {plan.present} tokens."
@@ -303,8 +336,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Loss of the held-out answers, kept as `evaluation/answers-NAME.json` for a resumed run."""
     file = f"answers-{name}"
-    # what training changes is measured anew: a resumed run may have been given more steps
-    known = run.read_evaluation(file) if settings.training.resume and name != "trained" else None
+    known = known_before(run, file, settings.training.resume and name != "trained")
     if known:
         return known
     measured = answer_loss(model, data.held_out, chunk=settings.training.loss_chunk)
