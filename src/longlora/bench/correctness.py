@@ -85,9 +85,10 @@ def _sees(cut: Cut, queries: Tensor, length: int, group_size: int) -> Tensor:
     """(P, N) bool: which keys each of P query positions reads."""
     cuts = partition(cut, length, group_size)
     token = torch.arange(length, device=queries.device)
-    place = token if cuts.order is None else cuts.order.to(token.device).argsort()
-    block = torch.arange(len(cuts.lengths)).repeat_interleave(torch.tensor(cuts.lengths)).to(token.device)[place]
-    seen = (block == block[queries, None]) & (place <= place[queries, None])
+    block = torch.empty_like(token)
+    for number, members in enumerate(cuts.blocks):
+        block[members.start : members.stop : members.step] = number
+    seen = (block == block[queries, None]) & (token <= queries[:, None])
     for read in cuts.reads:
         inside = (queries >= read.query_start) & (queries < read.query_stop)
         for start, stop in read.pieces:
