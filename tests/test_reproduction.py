@@ -1,6 +1,7 @@
 """`longlora reproduce`: cells run once, gaps are paired by seed, costs are counted in closed form."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,10 @@ from test_extension import documents as documents
 
 from longlora.attention.cost import attention_cost
 from longlora.cli import main
+from longlora.demo import recipe
 from longlora.reproduction import attention_study
-from longlora.reproduction.measuring import contexts
+from longlora.reproduction.entries import size
+from longlora.run_directory import RunDirectory
 from longlora.settings import AttentionSettings, TrainingSettings
 
 
@@ -33,43 +36,41 @@ def test_a_study_runs_each_cell_once_and_pairs_its_seeds(base_folder, documents,
     main([*words(base_folder, documents, tmp_path), "--json"])
     document = json.loads(capsys.readouterr().out)
     assert document == json.loads((tmp_path / "attention-study.json").read_text())
-    full, rotating = document["methods"]
-    assert (full["name"], rotating["name"]) == ("full", "shift-rotating")
-    assert full["seeds"] == rotating["seeds"] == [0, 1]
-    assert full["gap"]["256"] == {"mean": 0, "error": 0}
-    assert full["share"] == 1
-    assert 0.2 < rotating["share"] < 0.7
-    assert list(full["perplexity"]) == ["64", "128", "256"]
-    cells = {path: path.read_text() for path in (tmp_path / "cells").glob("*/evaluation/cell.json")}
-    assert len(cells) == 4
-    own = [json.loads(text) for path, text in sorted(cells.items()) if "shift-rotating" in str(path)]
-    others = [json.loads(text) for path, text in sorted(cells.items()) if "shift-rotating" not in str(path)]
-    gaps = [one["perplexity"]["256"] / other["perplexity"]["256"] - 1 for one, other in zip(own, others, strict=True)]
-    assert rotating["gap"]["256"]["mean"] == pytest.approx(sum(gaps) / 2)
-    assert rotating["gap"]["256"]["error"] == pytest.approx(abs(gaps[0] - gaps[1]) / 2)
+    quality, copies, recalled = document["tables"]
+    assert quality["columns"] == ["64", "128", "256", "seconds", "gap %", "pairs"]
+    entries = {row["key"]: row["entries"] for row in quality["rows"]}
+    full, rotating = entries["full"], entries["shift-rotating"]
+    assert full[4]["seeds"] == {"0": 0, "1": 0}
+    assert full[5]["mean"] == 1
+    assert 0.2 < rotating[5]["mean"] < 0.7
+    assert entries["shift"] == [None] * 6
+    gaps = [rotating[2]["seeds"][seed] / full[2]["seeds"][seed] - 1 for seed in "01"]
+    assert rotating[4]["mean"] == pytest.approx(sum(gaps) / 2)
+    # two seeds: half of their distance is the standard error, and the t quantile is Cauchy's
+    half = abs(gaps[0] - gaps[1]) / 2 * math.tan(0.475 * math.pi)
+    assert rotating[4]["high"] - rotating[4]["mean"] == pytest.approx(half)
+    # all sorts of tokens together are the perplexity at the longest context, here with the same windows
+    sorts = RunDirectory(tmp_path / "cells" / "full-seed0").read_evaluation("copies")["by_distance"]
+    nll = sum(sort["nll"] for sort in sorts) / sum(sort["tokens"] for sort in sorts)
+    assert full[2]["seeds"]["0"] == pytest.approx(math.exp(nll))
+    assert [row["entries"][0]["seeds"]["0"] for row in copies["rows"][:1]] == [pytest.approx(sorts[0]["perplexity"])]
+    assert all(0 <= entry["mean"] <= 1 for entry in recalled["rows"][0]["entries"])
+    written = {path.name for path in tmp_path.iterdir()}
+    for name in ("attention-study.md", "trade-off.csv", "trade-off.svg", "trade-off.pdf", "copies.csv", "recall.csv"):
+        assert name in written
+    assert "recall.svg" not in written, "half of a table is not drawn"
 
+    cells = list((tmp_path / "cells").glob("*/evaluation/cell.json"))
+    assert len(cells) == 4
     stamps = {path: path.stat().st_mtime_ns for path in cells}
     main(words(base_folder, documents, tmp_path))
     assert {path: path.stat().st_mtime_ns for path in cells} == stamps
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("training attention")
-    assert len(printed) == 3
+    assert "S², 1/3 of layers full, drawn anew" in capsys.readouterr().out
 
     with pytest.raises(SystemExit) as stop:
         main(words(base_folder, documents, tmp_path, steps=3))
     assert stop.value.code == 2
     assert "was run with steps 2 and is now asked for with 3" in capsys.readouterr().err
-
-
-def test_an_unknown_cell_and_a_short_context_are_named(base_folder, documents, tmp_path, capsys):
-    for changes, said in (
-        ({"only": "shfit"}, "--only names 'shfit', which is no cell of attention-study"),
-        ({"context": 64}, "--context is 64: it must be above the window"),
-    ):
-        with pytest.raises(SystemExit):
-            main(words(base_folder, documents, tmp_path / "new", **changes))
-        assert said in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
 
 
 class TestAttentionCost:
@@ -99,16 +100,14 @@ class TestAttentionCost:
 
 
 def test_every_method_is_made_into_settings_and_its_name_is_a_file_name():
-    from longlora.demo import recipe
-
     base = replace(recipe("x", 0), training=replace(recipe("x", 0).training, steps=30))
-    cells = attention_study.cells(base, (0, 1), ())
-    assert len(cells) == 2 * len(attention_study.methods(4096, 30))
+    known = attention_study.methods(4096, 30)
+    cells = [method.cell(base, seed) for method in known.values() for seed in (0, 1)]
     assert all(cell.name.replace("-", "").isalnum() for cell in cells)
     assert len({(cell.name, cell.seed) for cell in cells}) == len(cells)
+    assert known["full-half"].cell(base, 0).settings.training.steps == 15
 
 
 def test_contexts_double_from_the_window_to_the_target():
-    assert contexts(512, 4096) == (512, 1024, 2048, 4096)
-    assert contexts(8192, 32768) == (8192, 16384, 32768)
-    assert contexts(512, 3000) == (512, 1024, 2048, 3000)
+    quality = attention_study.tables(size(512, 4096, 30))[0]
+    assert quality.columns[:4] == ("512", "1,024", "2,048", "4,096")

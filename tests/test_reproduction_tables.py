@@ -1,12 +1,14 @@
 """`longlora reproduce tableN`: cells shared, gone on with and taken over; checks judged; the paper's figures beside."""
 
 import json
+import math
 import multiprocessing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from process_work import Item, note
 from test_extension import base_folder as base_folder  # fixtures
@@ -16,19 +18,20 @@ from transformers import AutoModelForCausalLM
 from longlora import cli
 from longlora.cli import main
 from longlora.errors import UserError
-from longlora.reproduction import table_command, table_runs
+from longlora.reproduction import command, measuring, table_runs
 from longlora.reproduction.base import base_settings
 from longlora.reproduction.cells import defaults, differences
 from longlora.reproduction.entries import Check, Entry, Size, size
 from longlora.reproduction.page import LIST_BEGINS, LIST_ENDS, OWN_WORDS, with_list, write_page
 from longlora.reproduction.paper import PAPER, TABLE_7
 from longlora.reproduction.processes import in_processes
-from longlora.reproduction.table_document import aligned, document_of, grid, judged, markdown, paper_grid, sentence
+from longlora.reproduction.table_document import ONE_SEED, document_of, grid, judged, numbers, paper_grid, sentence
 from longlora.reproduction.table_runs import jobs_of, run_job
-from longlora.reproduction.tables import TABLES
+from longlora.reproduction.tables import PAPERS as TABLES
+from longlora.reproduction.tables import TABLES as ALL
 from longlora.reproduction.ways import Way
 from longlora.run_directory import RunDirectory, plain
-from longlora.settings import PAPER_TABLES, ExtendSettings, ReproduceSettings
+from longlora.settings import PAPER_TABLES, STUDIES, ExtendSettings, ReproduceSettings
 
 DEMO = Size(512, (1024, 2048, 4096), 30)
 
@@ -136,7 +139,7 @@ def test_a_killed_cell_goes_on_from_its_checkpoint(words, inline, tmp_path, caps
     with monkeypatch.context() as patched:
         patched.setattr("longlora.training.extension.save_result", die)
         with pytest.raises(KeyboardInterrupt):
-            table_command.reproduce_table(settings)
+            command.reproduce(settings)
     run = RunDirectory(tmp_path / "out" / "cells" / f"{name}-seed0")
     assert killed
     assert run.read_evaluation("cell") is None
@@ -165,7 +168,7 @@ def test_cells_of_other_reproductions_are_taken_over_where_their_settings_are_th
 
 @pytest.mark.parametrize("name", ["table6", "table8"])
 def test_retrieval_and_perplexity_on_the_way(words, inline, capsys, monkeypatch, name):
-    monkeypatch.setattr(table_runs, "PASSAGES", 2)
+    monkeypatch.setattr(measuring, "PASSAGES", 2)
     main([*words(name, context=512, steps=6), "--json"])
     document = json.loads(capsys.readouterr().out)
     entries = {row["key"]: row["entries"] for row in document["rows"]}
@@ -213,6 +216,8 @@ def test_what_trains_contexts_group_sizes_and_figure_1_are_made_of_the_same_cell
 
     assert found["figure1"]["left"] == []
     assert all(entry["mean"] > 0 for entries in rows["figure1"].values() for entry in entries)
+    assert (tmp_path / "out" / "figure1.pdf").read_bytes().startswith(b"%PDF")
+    assert (tmp_path / "out" / "figure1.csv").read_text().startswith("row,column,mean,low,high,seeds")
     drawing = ElementTree.parse(tmp_path / "out" / "figure1.svg").getroot()
     said = " ".join(drawing.itertext())
     assert all(label in said for label in ("perplexity", "seconds of training", "memory, GB", "LongLoRA"))
@@ -226,7 +231,7 @@ def test_mistakes_are_named(words, inline, tmp_path, capsys):
         (["reproduce", "table1", "--data", str(tmp_path)], "--evaluation-data is missing"),
         (words("table2", context=2048, only="yarn-2048-shift-lora-norm-embed"), "documents to measure on has 2,048"),
         (["reproduce", "table5"], "table5"),
-        (["reproduce", "attention-study", "--minutes", "3"], "--minutes is for the paper's tables"),
+        (words("attention-study", only="shfit"), "--only names 'shfit', which is no cell of attention-study"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
@@ -274,7 +279,7 @@ def test_every_cell_has_one_name_and_a_name_one_cell():
     base = demo_base()
     seen = {}
     for name, make in TABLES.items():
-        for job in jobs_of(make(DEMO), base, (0, 1), Path("x")):
+        for job in jobs_of([make(DEMO)], base, (0, 1), Path("x")):
             cell = job.cell
             assert cell.name.replace("-", "").replace("_", "").isalnum()
             known = seen.setdefault((cell.name, cell.seed), cell)
@@ -314,23 +319,42 @@ def test_contexts_are_halves_above_the_window():
 # ------------------------------------------------------------------------------------------------------- what is said
 
 
-def test_claims_are_judged_by_their_margin_and_its_error_over_seeds():
+def test_claims_are_judged_by_students_t_over_seeds():
     near = Check("near", ("a", 0), "near", ("b", 0), 0.1)
     values = {("a", 0): {0: 10.5}, ("b", 0): {0: 10.0, 1: 3.0}}
-    assert judged(near, values)["verdict"] == "holds"
-    assert judged(replace(near, near=0.01), values)["verdict"] == "does not hold"
-    assert judged(replace(near, relation="above"), values)["verdict"] == "holds"
-    assert judged(replace(near, relation="far above"), values)["verdict"] == "does not hold"
+    assert judged(near, values)["verdict"] == ONE_SEED
+    assert sentence(judged(near, values), ".3f") == "near: one seed: not judged, 10.5 against 10"
     assert judged(replace(near, right=("c", 0)), values)["verdict"] == "not run"
-    # differences 1, 2, 3: mean 2, standard error 1 / sqrt(3)
+    # differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), t = 3.46, which two degrees of freedom reach by chance
     three = {("a", 0): {0: 2.0, 1: 4.0, 2: 6.0}, ("b", 0): {0: 1.0, 1: 2.0, 2: 3.0}}
     found = judged(replace(near, relation="above"), three)
-    assert found["verdict"] == "holds"
-    assert found["errors"] == pytest.approx(2 * 3**0.5)
+    # the tail of Student's t with two degrees of freedom in closed form
+    t = 2 * 3**0.5
+    assert found["p"] == pytest.approx(1 - t / (2 + t * t) ** 0.5)
+    assert found["verdict"] == "undecided"
     assert (found["left"], found["right"], found["seeds"]) == (4.0, 2.0, [0, 1, 2])
-    assert sentence(found, ".3f") == "near: holds, 4 against 2 (3 seeds, 3.5 standard errors from the boundary)"
-    noisy = {("a", 0): {0: 1.0, 1: 3.0}, ("b", 0): {0: 2.0, 1: 1.0}}
-    assert judged(replace(near, relation="above"), noisy)["verdict"] == "undecided"
+    assert sentence(found, ".3f") == "near: undecided, 4 against 2 (3 seeds, p = 0.074)"
+    close = {("a", 0): {0: 2.0, 1: 3.1, 2: 4.0}, ("b", 0): {0: 1.0, 1: 2.0, 2: 3.0}}
+    assert judged(replace(near, relation="above"), close)["verdict"] == "holds"
+    assert judged(replace(near, relation="far above"), close)["verdict"] == "undecided"
+    assert judged(replace(near, near=0.01), close)["verdict"] == "does not hold"
+
+
+def test_runs_of_one_distribution_are_called_different_in_a_twentieth_of_the_cases():
+    """And a difference of three standard errors between ten seeds a side is found."""
+    check = Check("above", ("a", 0), "above", ("b", 0))
+    rng = np.random.default_rng(0)
+
+    def called(shift: float, seeds: int, times: int = 1000) -> float:
+        verdicts = []
+        for own, other in zip(rng.normal(shift, 1, (times, seeds)), rng.normal(0, 1, (times, seeds)), strict=True):
+            values = {("a", 0): dict(enumerate(own)), ("b", 0): dict(enumerate(other))}
+            verdicts.append(judged(check, values)["verdict"])
+        return sum(verdict in ("holds", "does not hold") for verdict in verdicts) / times
+
+    for seeds in (2, 3, 10):
+        assert 0.035 <= called(0, seeds) <= 0.065
+    assert called(3 * (2 / 10) ** 0.5, 10) > 0.7
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -355,10 +379,21 @@ def test_the_papers_figures_stand_beside_ours():
     document = document_of(table, values, PAPER["table2"])
     lines = grid(document)
     assert lines[0] == ["", "full attention", "its own", "paper: full attention", "paper: its own"]
-    assert lines[2] == ["S², across heads", "10.100 ± 0.100", "11.000", "8.12", "8.64"]
+    # two seeds: the standard error, 0.1, times the quantile of Cauchy's distribution
+    assert lines[2] == ["S², across heads", "10.100 ± 1.271", "11.000", "8.12", "8.64"]
+    low, high = (10.1 + sign * 0.1 * math.tan(0.475 * math.pi) for sign in (-1, 1))
+    first, second = (line for line in numbers(document)[1:])
+    assert first == [
+        "S², across heads",
+        "full attention",
+        pytest.approx(10.1),
+        pytest.approx(low),
+        pytest.approx(high),
+        2,
+    ]
+    assert second == ["S², across heads", "its own", 11.0, None, None, 1]
     assert lines[-1] == ["block sparse", "", "", "8.30", "–"]
     assert paper_grid(document) == []
-    assert aligned(lines).count("\n") == markdown(lines).count("\n") - 1
     groups = document_of(TABLES["table11"](DEMO), {}, PAPER["table11"])
     assert paper_grid(groups)[1] == ["8,192", "8.02", "8.04", "8.04", "8.10", "8.16"]
 
@@ -402,4 +437,5 @@ def test_the_list_of_our_results_is_of_the_pages_there_are():
 
 def test_the_command_knows_every_table():
     assert set(PAPER_TABLES) == {*TABLES, "table7"}
+    assert set(ALL) == {*TABLES, *STUDIES}
     assert run_job.__module__ == "longlora.reproduction.table_runs"

@@ -210,7 +210,7 @@ def _draw_ends(drawing: Drawing, frame: _Frame, lines: Sequence[Line]) -> None:
     named = [(line, line.last) for line in lines if line.label]
     ends = [(line, frame.across(last.x), frame.down(last.y)) for line, last in named if last]
     ends = [end for end in ends if frame.top <= end[2] <= frame.bottom]
-    places = _spread([y for _, _, y in ends], frame.top - 6, frame.bottom + 6)
+    places = spread([y for _, _, y in ends], frame.top - 6, frame.bottom + 6)
     for (line, x, y), place in zip(ends, places, strict=True):
         if x < frame.right - 12 or abs(place - y) > 6:
             drawing.add("line", x1=x + 5, y1=y, x2=frame.right + 10, y2=place, class_=f"leader {line.tone}")
@@ -241,10 +241,10 @@ def _apart(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
     return kept[::-1]
 
 
-def _spread(places: Sequence[float], top: float, bottom: float) -> list[float]:
-    """`places` moved as little as needed to lie `LINE_HEIGHT` apart between `top` and `bottom`.
+def spread(places: Sequence[float], top: float, bottom: float, height: float = LINE_HEIGHT) -> list[float]:
+    """`places` moved as little as needed to lie `height` apart between `top` and `bottom`.
 
-    >>> _spread([50, 52, 10], 0, 100)
+    >>> spread([50, 52, 10], 0, 100)
     [43.0, 59.0, 10.0]
     """
     # Neighbours that are too close become one block around their mean, which may then meet the next block.
@@ -252,14 +252,14 @@ def _spread(places: Sequence[float], top: float, bottom: float) -> list[float]:
     centres: list[float] = []
 
     def centre(block: list[int]) -> float:
-        half = LINE_HEIGHT * (len(block) - 1) / 2
+        half = height * (len(block) - 1) / 2
         mean = sum(places[index] for index in block) / len(block)
         return max(top + half, min(bottom - half, mean))
 
     for index in sorted(range(len(places)), key=lambda index: places[index]):
         blocks.append([index])
         centres.append(centre(blocks[-1]))
-        while len(blocks) > 1 and centres[-1] - centres[-2] < LINE_HEIGHT * (len(blocks[-1]) + len(blocks[-2])) / 2:
+        while len(blocks) > 1 and centres[-1] - centres[-2] < height * (len(blocks[-1]) + len(blocks[-2])) / 2:
             merged = blocks.pop(-2) + blocks.pop()
             del centres[-2:]
             blocks.append(merged)
@@ -267,5 +267,5 @@ def _spread(places: Sequence[float], top: float, bottom: float) -> list[float]:
     result = [0.0] * len(places)
     for block, middle in zip(blocks, centres, strict=True):
         for row, index in enumerate(block):
-            result[index] = middle + LINE_HEIGHT * (row - (len(block) - 1) / 2)
+            result[index] = middle + height * (row - (len(block) - 1) / 2)
     return result

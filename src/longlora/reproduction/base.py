@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 from longlora.demo import recipe
-from longlora.errors import UserError
 from longlora.model.loading import load_config
 from longlora.model.positions import original_context
 from longlora.settings import ExtendSettings, ReproduceSettings
@@ -20,15 +19,7 @@ def window_of(settings: ReproduceSettings) -> int:
 def base_settings(settings: ReproduceSettings, context: int) -> ExtendSettings:
     """The demo's recipe on the model and documents asked for, with `context` as its longest context; every context is
     measured on the same documents, those of at least that length.
-
-    Raises:
-        UserError: the context is not above the model's window.
     """
-    window = window_of(settings)
-    if context <= window:
-        raise UserError(
-            f"--context is {context:,}: it must be above the window of {settings.model}, {window:,} tokens."
-        )
     ours = recipe("", 0)
     own = ours.training
     if settings.lr is not None:

@@ -1,28 +1,22 @@
 """A table's cells: each trains one model in a run directory of its own, once, and is never run again.
 
     OUTPUT/cells/NAME-seed0/          a run directory: settings, checkpoints, adapter
-    OUTPUT/cells/NAME-seed0/evaluation/cell.json   what was measured; its presence means the cell is finished
+    OUTPUT/cells/NAME-seed0/evaluation/cell.json   what training took; its presence means the cell is finished
 
 A killed table goes on with the cell it was in, from that cell's last checkpoint.
 """
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from longlora.attention.cost import attention_cost
 from longlora.errors import UserError
 from longlora.model.positions import extend_positions
-from longlora.reproduction.processes import in_processes
 from longlora.run_directory import RunDirectory, plain
 from longlora.settings import ExtendSettings
 from longlora.training.extension import Data, flat, load_for_training, prepare_data, train_extension
-
-Measure = Callable[[Any, Any, ExtendSettings], dict[str, Any]]
-"""(model, what `prepare_data` returned, settings) -> what to keep of the cell."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,7 @@ class Cell:
 
 
 def finished(cell: Cell) -> dict[str, Any] | None:
-    """What a finished cell measured, or None.
+    """What training a finished cell took, or None.
 
     Raises:
         UserError: the folder holds a cell of this name that was run with other settings.
@@ -86,34 +80,6 @@ def defaults(kind: Any) -> dict[str, Any]:
         elif field.default is not MISSING:
             found[field.name] = field.default
     return found
-
-
-def run_cells(cells: Sequence[Cell], measure: Measure, jobs: int) -> list[dict[str, Any]]:
-    """Run what is not finished, `jobs` at a time, and return what every cell measured, in order.
-
-    Args:
-        cells: placed cells.
-        measure: a module's function, since cells run in processes of their own.
-        jobs: processes; on several GPUs process i takes GPU i modulo their number.
-
-    Raises:
-        UserError: as `finished`, or whatever a cell met.
-    """
-    todo = [cell for cell in cells if finished(cell) is None]
-    in_processes(todo, partial(run_cell, measure=measure), jobs)
-    results = [finished(cell) for cell in cells]
-    assert all(result is not None for result in results)
-    return [result for result in results if result is not None]
-
-
-def run_cell(cell: Cell, measure: Measure) -> None:
-    """Train and measure one placed cell, going on from its last checkpoint where there is one."""
-    run = RunDirectory(cell.settings.output)
-    with run.locked():
-        model, data, result = train_cell(cell, run)
-        began = time.monotonic()
-        measured = measure(model, data, cell.settings)
-        run.write_evaluation("cell", result | measured | {"measuring_seconds": time.monotonic() - began})
 
 
 def train_cell(cell: Cell, run: RunDirectory) -> tuple[Any, Data, dict[str, Any]]:

@@ -1,49 +1,70 @@
-"""What a table of the paper is made of: rows and columns of entries, each one number of one cell, and checks.
+"""What a table is made of: rows and columns of entries, each one number of one cell, checks, and a figure.
 
-A row's `key` is how checks and `longlora.reproduction.paper` name it.
+To define a study of your own, write a function in a file of its own that takes a `Size` and returns its `Table`s, as
+`longlora.reproduction.attention_study.tables` does, list it in `longlora.reproduction.tables.TABLES`, and name it in
+`longlora.settings.reproduction.STUDIES`. Cells, runs, resuming, tables, CSV and figures come with that:
+
+    a way      anything with `trained` and `cell(base, seed)`: `ways.Way`, or a class of the study's own
+    an entry   a way and the name of a number: one of `measuring.MEASURES` (a study adds its own there) or of
+               `measuring.TOOK`
+    a check    what is claimed of two entries; judged over seeds
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from longlora.errors import UserError
-from longlora.reproduction.ways import Way
+from longlora.reproduction.cells import Cell
+from longlora.settings import ExtendSettings
+
+
+class Way(Protocol):
+    """How one model is made; two entries whose ways make a cell of one name share it."""
+
+    @property
+    def trained(self) -> bool: ...
+
+    def cell(self, base: ExtendSettings, seed: int) -> Cell: ...
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A number: of the cell of `way`, the one called `what`.
-
-    `perplexity-N` and `own-N` are perplexity at N tokens, with full attention and with the training attention;
-    `recall-N` is recall over N tokens, `step-N` the perplexity after N steps; `seconds`, `gigabytes`, `millions` (of
-    trainable parameters), `rate` and `embed-rate` are what training took.
-    """
+    """A number of the cell of `way`: `what` is `MEASURE`, `MEASURE-N` or what training took."""
 
     way: Way
     what: str
 
     @property
-    def measure(self) -> str | None:
-        """The measurement that the number comes from; None where training itself tells it."""
-        kind, _, number = self.what.partition("-")
-        if kind == "recall":
-            return "recall"
-        if kind == "step":
-            return "start" if number == "0" else None
-        return self.what if kind in ("perplexity", "own") else None
+    def kind(self) -> str:
+        return self.what.partition("-")[0]
+
+    @property
+    def number(self) -> str:
+        return self.what.partition("-")[2]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """`own` over `other`, seed by seed, less one where it is a `gap`."""
+
+    own: Entry
+    other: Entry
+    gap: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table; `entries` are as many as the columns, None where there is nothing to measure."""
+    """One line of a table; `entries` are as many as the columns, None where there is nothing to measure. `key` is how
+    checks and `longlora.reproduction.paper` name it."""
 
     key: str
     label: str
-    entries: tuple[Entry | None, ...]
+    entries: tuple[Entry | Ratio | None, ...]
 
 
 @dataclass(frozen=True)
 class Check:
-    """What the paper says of two numbers of the table, each the row's key and the column.
+    """What is claimed of two numbers of the table, each the row's key and the column.
 
     `relation` is `above` (left > right), `far above` (left > 1.5 right), or `near` (left at most `near` above right,
     as a share of it).
@@ -58,7 +79,11 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """How a table is drawn: `lines` is a line a row by column, `dots` a row of dots a row, `panels` is figure 1's."""
+    """How a table is drawn.
+
+    `lines`: a line a row by column; `dots`: a row of dots a row; `points`: a dot a row, the first of `columns` across
+    and the second up; `panels`: figure 1's.
+    """
 
     kind: str
     up: str = "perplexity, tested with full attention"
@@ -76,15 +101,19 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper at our size."""
+    """A table at our size."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
-    checks: tuple[Check, ...]
+    checks: tuple[Check, ...] = ()
     number: str = ".3f"
+    """How numbers are written; a column whose head ends in "%" holds shares."""
+
     notes: tuple[str, ...] = ()
     figure: Figure | None = None
+    part: str = ""
+    """What its files are named after, where a study has several; default the study's name."""
 
 
 @dataclass(frozen=True)

@@ -1,185 +1,166 @@
-"""Figures of the studies and tables as SVG files that stand by themselves, for documents and for a README."""
+"""Figures of tables, for documents and papers: SVG and PDF, with the seeds' 95% intervals as bars."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from longlora.report.axes import Axis, linear_axis
-from longlora.report.svg import text_width
-from longlora.report.wording import plain
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Plot
+from matplotlib.ticker import FuncFormatter
+
+from longlora.report.charts import spread
 from longlora.reproduction.entries import Figure
-from longlora.reproduction.plotting import (
-    BOTTOM,
-    FAINT,
-    HEIGHT,
-    INK,
-    RIGHT,
-    TONES,
-    TOP,
-    WIDTH,
-    Line,
-    Point,
-    across,
-    canvas,
-    draw_lines,
-    frame,
-    percent,
-    stacked,
-    text,
-    up,
-    whole,
-)
 
-ROW_HEIGHT = 26
+INK, FAINT = "#4b5563", "#d1d5db"
+TONES = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#dc2626", "#475569", "#92400e")
+LABEL_HEIGHT = 11
+"""Points from one label to the next below it."""
 
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "longlora",
+    "pdf.fonttype": 42,
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.5,
+}
 
-def trade_off(entries: Sequence[dict[str, Any]]) -> str:
-    """Perplexity at the target context against the share of full attention's query-key pairs, with standard errors.
-
-    Args:
-        entries: as `longlora.reproduction.attention_study.summary` returns them.
-    """
-    target = list(entries[0]["perplexity"])[-1]
-    found = [(entry, entry["perplexity"][target]) for entry in entries]
-    low = min(point["mean"] - (point["error"] or 0) for _, point in found)
-    high = max(point["mean"] + (point["error"] or 0) for _, point in found)
-    x = linear_axis("query-key pairs, of full attention's", 0, 1, ticks=5)
-    y = linear_axis(f"held-out perplexity at {int(target):,} tokens, tested with full attention", low, high)
-    drawing = frame(x, y, f"{y.title}, against {x.title}.")
-    places = [(across(x, entry["share"]), up(y, point["mean"])) for entry, point in found]
-    taken = [(left - 6, left + 6, top) for left, top in places]
-    for number, ((entry, point), (left, top)) in enumerate(zip(found, places, strict=True)):
-        tone = TONES[number % len(TONES)]
-        if point["error"]:
-            ends = (up(y, point["mean"] - point["error"]), up(y, point["mean"] + point["error"]))
-            drawing.add("path", d=f"M{left:.1f} {ends[0]:.1f}V{ends[1]:.1f}", stroke=tone, stroke_width=2)
-        drawing.add("circle", f"{entry['label']}: {point['mean']:.3f}", cx=left, cy=top, r=4.5, fill=tone)
-        width = text_width(entry["label"])
-        right = left + 9 + width < WIDTH - RIGHT
-        begin = left + 9 if right else left - 9 - width
-        height = next(
-            top + away
-            for away in sorted(range(-HEIGHT, HEIGHT, 2), key=abs)
-            if all(
-                abs(top + away - other) >= 13 for first, last, other in taken if first < begin + width and begin < last
-            )
-        )
-        taken.append((begin, begin + width, height))
-        text(drawing, left + (9 if right else -9), height + 4, entry["label"], "start" if right else "end", tone)
-    return str(drawing)
+Rows = Sequence[dict[str, Any]]
 
 
-def recall_by_distance(entries: Sequence[dict[str, Any]], group: int) -> str:
-    """Share of a repeated passage that is found again, against its distance in tokens; the group is marked."""
-    lines = [
-        Line(entry["label"], tuple(Point(point["distance"], point["mean"]) for point in entry["recall"]))
-        for entry in entries
-    ]
-    means = [point.mean for line in lines for point in line.points]
-    farthest = max(point.x for point in lines[0].points)
-    x = linear_axis("tokens from a passage to its repetition", 0, farthest * 1.25, ticks=6, label=whole)
-    y = linear_axis("share of the passage's tokens ranked first", min(means) - 0.02, max(means) + 0.02, label=percent)
-    drawing = frame(x, y, f"{y.title}, against {x.title}.")
-    edge = across(x, group)
-    drawing.add("path", d=f"M{edge:.1f} {TOP}V{HEIGHT - BOTTOM}", stroke=INK, stroke_dasharray="4 4")
-    text(drawing, edge + 5, HEIGHT - BOTTOM - 8, f"one group, {group:,} tokens", "start", INK)
-    draw_lines(drawing, x, y, lines, "{:.1%}".format)
-    return str(drawing)
-
-
-def of_table(document: dict[str, Any], figure: Figure | None) -> str | None:
-    """The table's figure, or None where it has none or something that it shows was not run.
+def save(document: dict[str, Any], figure: Figure | None, file: Path) -> bool:
+    """Write the table's figure as `file`.svg and `file`.pdf; False where it has none or something of it was not run.
 
     Args:
-        document: of `longlora.reproduction.table_command.reproduce_table`.
+        document: as `longlora.reproduction.table_document.document_of` returns it.
         figure: how its table is drawn.
+        file: path without an ending.
     """
+    with matplotlib.rc_context(STYLE):
+        plot = of_table(document, figure)
+        if plot is None:
+            return False
+        for ending, dated in (("svg", "Date"), ("pdf", "CreationDate")):
+            plot.savefig(file.with_suffix(f".{ending}"), bbox_inches="tight", metadata={dated: None})
+    return True
+
+
+def of_table(document: dict[str, Any], figure: Figure | None) -> Plot | None:
+    """The table's figure, or None where it has none or something that it shows was not run; see `save`."""
     if figure is None:
         return None
     rows = [row for row in document["rows"] if not figure.rows or row["key"] in figure.rows]
     columns = figure.columns or tuple(range(len(document["columns"])))
-    if any(row["entries"][column] is None for row in rows for column in columns):
+    if figure.kind == "points":  # a study of many ways is drawn as far as it has been run
+        rows = [row for row in rows if all(row["entries"][column] for column in columns)]
+    if not rows or any(row["entries"][column] is None for row in rows for column in columns):
         return None
-    return {"lines": _by_column, "dots": _by_row, "panels": _quality_and_cost}[figure.kind](
-        document, figure, rows, columns
-    )
+    draw = {"lines": _by_column, "dots": _by_row, "points": _by_cost, "panels": _quality_and_cost}[figure.kind]
+    return draw(document, figure, rows, columns)
 
 
-def _by_column(document: dict[str, Any], figure: Figure, rows: Sequence[dict[str, Any]], columns: Sequence[int]) -> str:
+def _by_column(document: dict[str, Any], figure: Figure, rows: Rows, columns: Sequence[int]) -> Plot:
     """A line a row; the columns stand at equal distances."""
-    is_share = document["number"].endswith("%")
-    lines = [
-        Line(row["label"], tuple(_point(place, row["entries"][column]) for place, column in enumerate(columns)))
-        for row in rows
-    ]
-    room = 0.35 * (len(columns) - 1)
-    ticks = tuple((float(place), document["columns"][column]) for place, column in enumerate(columns))
-    x = Axis(figure.across, -0.1, len(columns) - 1 + room, ticks)
-    y = _axis(figure.up, lines, is_share)
-    drawing = frame(x, y, f"{y.title}, by {x.title}.")
-    draw_lines(drawing, x, y, lines, "{:.1%}".format if is_share else "{:,.4g}".format)
-    return str(drawing)
+    plot = Plot(figsize=(7.2, 4.2))
+    axes = plot.subplots()
+    _lines(axes, rows, list(range(len(columns))), columns)
+    axes.set_xticks(range(len(columns)), [document["columns"][column] for column in columns])
+    _name(axes, document, figure.across, figure.up)
+    return plot
 
 
-def _by_row(document: dict[str, Any], figure: Figure, rows: Sequence[dict[str, Any]], columns: Sequence[int]) -> str:
+def _by_row(document: dict[str, Any], figure: Figure, rows: Rows, columns: Sequence[int]) -> Plot:
     """A line of dots a row, in a tone for each column."""
-    lines = [Line(document["columns"][c], tuple(_point(0, row["entries"][c]) for row in rows)) for c in columns]
-    axis = _axis(figure.up, lines, document["number"].endswith("%"))
-    left = max(text_width(row["label"]) for row in rows) + 20
-    height = TOP + ROW_HEIGHT * (len(rows) + 1) + BOTTOM
-    drawing = canvas(WIDTH, height, f"{axis.title}, by {document['title']}.")
-
-    def place(value: float) -> float:
-        return left + axis.place(value) * (WIDTH - left - RIGHT)
-
-    bottom = height - BOTTOM
-    for value, label in axis.ticks:
-        drawing.add("path", d=f"M{place(value):.1f} {TOP + ROW_HEIGHT / 2}V{bottom}", stroke=FAINT)
-        text(drawing, place(value), bottom + 18, label, "middle", INK)
-    text(drawing, (left + WIDTH - RIGHT) / 2, height - 10, axis.title, "middle", INK)
-    heights = [TOP + ROW_HEIGHT * (number + 1) for number in range(len(rows))]
-    for row, top in zip(rows, heights, strict=True):
-        text(drawing, left - 10, top + 4, row["label"], "end", INK)
-    begin = float(left)
-    for tone, line in zip(TONES, lines, strict=False):
-        if len(lines) > 1:
-            drawing.add("circle", cx=begin + 4, cy=TOP - 6, r=4, fill=tone)
-            text(drawing, begin + 13, TOP - 2, line.label, "start", tone)
-            begin += text_width(line.label) + 40
-        for row, top, point in zip(rows, heights, line.points, strict=True):
-            if point.error:
-                ends = f"M{place(point.mean - point.error):.1f} {top}H{place(point.mean + point.error):.1f}"
-                drawing.add("path", d=ends, stroke=tone, stroke_width=2)
-            drawing.add("circle", f"{row['label']}: {point.mean:,.4g}", cx=place(point.mean), cy=top, r=4.5, fill=tone)
-    return str(drawing)
+    plot = Plot(figsize=(6, 0.6 + 0.28 * len(rows)))
+    axes = plot.subplots()
+    for tone, column in zip(TONES, columns, strict=False):
+        entries = [row["entries"][column] for row in rows]
+        means = [entry["mean"] for entry in entries]
+        axes.errorbar(means, range(len(rows)), xerr=_halves(entries), fmt="o", color=tone, markersize=5)
+        if len(columns) > 1:
+            axes.plot([], [], "o", color=tone, label=document["columns"][column])
+    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    axes.invert_yaxis()
+    if len(columns) > 1:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(columns), frameon=False)
+    axes.set_xlabel(figure.up)
+    return plot
 
 
-def _quality_and_cost(
-    document: dict[str, Any], figure: Figure, rows: Sequence[dict[str, Any]], columns: Sequence[int]
-) -> str:
+def _by_cost(document: dict[str, Any], figure: Figure, rows: Rows, columns: Sequence[int]) -> Plot:
+    """A dot a row: what it costs across, what it gives up."""
+    plot = Plot(figsize=(7.2, 4.2))
+    axes = plot.subplots()
+    ends = []
+    for row, tone in zip(rows, TONES * len(rows), strict=False):
+        x, y = (row["entries"][column] for column in columns)
+        axes.errorbar([x["mean"]], [y["mean"]], yerr=_halves([y]), fmt="o", color=tone, markersize=5)
+        ends.append((x["mean"], y["mean"], row["label"], tone))
+    axes.set_xlim(left=0)
+    _name(axes, document, figure.across, f"{figure.up}, {document['columns'][columns[1]]} tokens")
+    _label(axes, ends)
+    return plot
+
+
+def _quality_and_cost(document: dict[str, Any], figure: Figure, rows: Rows, _: Sequence[int]) -> Plot:
     """Figure 1: a panel each for perplexity, seconds and gigabytes, by context, one line a way to train."""
     contexts = document["contexts"]
-    panels = []
-    for number, title in enumerate(("perplexity", "seconds of training", "memory, GB")):
-        first = number * len(contexts)
-        lines = [
-            Line(
-                row["label"],
-                tuple(_point(context, row["entries"][first + place]) for place, context in enumerate(contexts)),
-            )
-            for row in rows
-        ]
-        means = [point.mean for line in lines for point in line.points]
-        x = linear_axis(figure.across, 0, max(contexts) * 1.35, ticks=6, label=whole)
-        y = linear_axis(title, 0 if number else min(means) * 0.98, max(means) * 1.02)
-        panels.append(frame(x, y, f"{title} by {x.title}."))
-        draw_lines(panels[-1], x, y, lines, "{:,.4g}".format)
-    return str(stacked(panels, f"{document['title']}."))
+    plot = Plot(figsize=(7.2, 9), layout="constrained")
+    for number, (axes, title) in enumerate(
+        zip(plot.subplots(3), ("perplexity", "seconds of training", "memory, GB"), strict=True)
+    ):
+        columns = range(number * len(contexts), (number + 1) * len(contexts))
+        _lines(axes, rows, contexts, columns)
+        axes.set_ylim(bottom=0 if number else None)
+        axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+        _name(axes, document, figure.across, title)
+    return plot
 
 
-def _point(x: float, entry: dict[str, Any]) -> Point:
-    return Point(x, entry["mean"], entry["error"])
+def _lines(axes: Axes, rows: Rows, places: Sequence[float], columns: Sequence[int]) -> None:
+    ends = []
+    for row, tone in zip(rows, TONES * len(rows), strict=False):
+        entries = [row["entries"][column] for column in columns]
+        means = [entry["mean"] for entry in entries]
+        axes.errorbar(places, means, yerr=_halves(entries), fmt="o-", color=tone, markersize=4, linewidth=1.6)
+        ends.append((places[-1], means[-1], row["label"], tone))
+    _label(axes, ends)
 
 
-def _axis(title: str, lines: Sequence[Line], is_share: bool) -> Axis:
-    ends = [point.mean + sign * (point.error or 0) for line in lines for point in line.points for sign in (-1, 1)]
-    return linear_axis(title, min(ends), max(ends), label=percent if is_share else plain)
+def _label(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write each (x, y, label, tone) to the right of the axes at its height or as near as may be, tied to its point."""
+    scale = 72 / axes.figure.dpi
+    box = axes.get_window_extent()
+    heights = [scale * axes.transData.transform((x, y))[1] for x, y, *_ in ends]
+    places = spread(heights, scale * box.y0, scale * box.y1, LABEL_HEIGHT)
+    for (x, y, label, tone), place in zip(ends, places, strict=True):
+        axes.annotate(
+            label,
+            (x, y),
+            (1.02, (place / scale - box.y0) / box.height),
+            textcoords="axes fraction",
+            color=tone,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": tone, "linewidth": 0.5, "linestyle": ":"},
+        )
+
+
+def _name(axes: Axes, document: dict[str, Any], across: str, up: str) -> None:
+    axes.set_xlabel(across)
+    axes.set_title(up, loc="left", fontsize=9, color=INK)
+    if document["number"].endswith("%"):
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+
+
+def _halves(entries: Rows) -> list[float]:
+    """Half of each interval; nothing for one seed."""
+    return [0.0 if entry["low"] is None else entry["high"] - entry["mean"] for entry in entries]

@@ -9,9 +9,9 @@ from longlora.planner.reading import read_anatomy
 from longlora.planner.shapes import find_config
 from longlora.reproduction.page import write_page
 from longlora.reproduction.paper import TABLE_7
-from longlora.reproduction.table_document import aligned, markdown
 from longlora.run_directory import versions, write_whole
 from longlora.settings import LoadSettings, ReproduceSettings, TrainableSettings
+from longlora.tables import aligned, csv, markdown
 
 MODEL = "llama2-7b"
 PARTS = ("attention", "projection", "ffn", "other", "total")
@@ -50,6 +50,7 @@ def flops_table(settings: ReproduceSettings) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "table7.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     write_whole(folder / "table7.md", text)
+    write_whole(folder / "table7.csv", csv([lines[0], *lines[1:]]))
     if settings.pages:
         write_page(Path(settings.pages) / "table7.md", text)
     if not settings.json:

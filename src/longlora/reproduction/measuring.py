@@ -1,60 +1,170 @@
-"""What is measured on the trained model of a cell, always with the model's full attention."""
+"""What is measured on the model of a cell, with the model's full attention unless a measure says otherwise.
+
+evaluation/MEASURE.json, MEASURE-N.json    one measurement, made once
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from longlora.attention.transformers_backend import use_shifted_attention
 from longlora.evaluation.copying import perplexity_by_distance, recall
 from longlora.evaluation.perplexity import perplexity
-from longlora.model.loading import load_config
-from longlora.model.positions import original_context
+from longlora.reproduction.cells import Cell
+from longlora.run_directory import RunDirectory
 from longlora.settings import ExtendSettings, PerplexitySettings
 from longlora.training.extension import Data
+from longlora.training.trainer import document_loss
 
 DOCUMENTS = 3
 """Held-out documents that perplexity is measured on: the first that are as long as the context."""
 
+WATCHED_DOCUMENTS = 8
+"""Held-out documents of the perplexity on the way, as `longlora.training.extension.train_extension` takes them."""
+
 PASSAGES = 48
 """Repeated passages a distance."""
 
+RECALL_PLACES = (3, 6, 10, 13)
+"""Distances of repeated passages, in sixteenths of the context."""
 
-def contexts(original: int, context: int) -> tuple[int, ...]:
-    """The original window and its doublings up to the target context, in tokens."""
-    doublings = range(max(1, (context - 1) // original).bit_length())
-    return *(original << doubling for doubling in doublings), context
-
-
-def perplexities(model: Any, documents: Sequence[np.ndarray], tested: Sequence[int], longest: int) -> dict[str, float]:
-    """Perplexity by context in tokens, all on the same documents, windows sliding by half of the context."""
-    found = {}
-    for context in tested:
-        settings = PerplexitySettings(
-            contexts=(context,), stride=max(1, context // 2), max_documents=DOCUMENTS, min_document_tokens=longest
-        )
-        found[str(context)] = perplexity(model, documents, settings, progress=False)[0].perplexity
-    return found
+Result = dict[str, Any]
 
 
-def quality_and_reach(model: Any, data: Data, settings: ExtendSettings) -> dict[str, Any]:
-    """Perplexity by context; at the target context by the distance of the nearest copy; recall of repeated passages.
+@dataclass(frozen=True)
+class Measure:
+    """How a measurement is made, and which number of it an entry shows."""
 
-    Returns:
-        `{"perplexity": {context: …}, "by_distance": […], "recall": […]}`, the last two as
-        `longlora.evaluation.copying` has them.
-    """
+    make: Callable[[Any, Data, ExtendSettings, str], Result]
+    """(model, data, settings, N of `MEASURE-N`) -> JSON."""
+
+    read: Callable[[Result, str], float]
+    """(that JSON, N) -> the number."""
+
+    shared: bool = False
+    """One file, whatever N is."""
+
+
+def _perplexity(model: Any, data: Data, settings: ExtendSettings, context: str) -> Result:
+    """On the same documents at every context, windows sliding by half of it."""
+    longest = settings.perplexity.min_document_tokens or settings.positions.context
+    way = PerplexitySettings(
+        contexts=(int(context),),
+        stride=max(1, int(context) // 2),
+        max_documents=DOCUMENTS,
+        min_document_tokens=longest,
+    )
+    return {"perplexity": perplexity(model, data.held_out, way, progress=False)[0].perplexity}
+
+
+def _own(model: Any, data: Data, settings: ExtendSettings, context: str) -> Result:
+    """Perplexity with the attention of the training."""
+    if settings.attention.pattern == "full":
+        return _perplexity(model, data, settings, context)
+    own = (settings.attention.tokens_per_group(settings.positions.context), settings.attention.pattern)
+    use_shifted_attention(model, *own, inference=True)
+    try:
+        return _perplexity(model, data, settings, context)
+    finally:
+        use_shifted_attention(model, *own)
+
+
+def _recall(model: Any, data: Data, settings: ExtendSettings, _: str) -> Result:
     context = settings.positions.context
+    distances = [context * places // 16 for places in RECALL_PLACES]
+    found = recall(model, data.held_out, distances, PASSAGES, settings.training.seed, context)
+    return {"recall": [point.to_dict() for point in found]}
+
+
+def _recalled(document: Result, distance: str) -> float:
+    return next(point["accuracy"] for point in document["recall"] if point["distance"] == int(distance))
+
+
+def _copies(model: Any, data: Data, settings: ExtendSettings, _: str) -> Result:
+    """Perplexity at the target context, windows sliding by a quarter, by the distance of the nearest copy."""
+    context = settings.positions.context
+    found = perplexity_by_distance(model, _long(data, context, DOCUMENTS), context, context // 4, copy_edges(context))
+    return {"by_distance": [sort.to_dict() for sort in found]}
+
+
+def copy_edges(context: int) -> list[int]:
+    """Distances of copies at which a new sort begins, in tokens: half a group, a group and two."""
     group = context // 4
-    long_enough = [ids for ids in data.held_out if len(ids) >= context][:DOCUMENTS]
-    *shorter, _ = contexts(original_context(load_config(settings.model)), context)
-    edges = [group // 2, group, 2 * group]
-    by_distance = perplexity_by_distance(model, long_enough, context, context // 4, edges)
-    at_target = sum(sort.nll for sort in by_distance) / sum(sort.tokens for sort in by_distance)
-    distances = [group * quarters // 4 for quarters in (3, 6, 10, 13)]
-    recalled = recall(model, data.held_out, distances, PASSAGES, settings.training.seed, context)
-    return {
-        "perplexity": perplexities(model, data.held_out, shorter, context) | {str(context): math.exp(at_target)},
-        "by_distance": [sort.to_dict() for sort in by_distance],
-        "recall": [found.to_dict() for found in recalled],
-    }
+    return [group // 2, group, 2 * group]
+
+
+def _copied(document: Result, nearest: str) -> float:
+    """Perplexity of the sort that begins at the distance `nearest`, or of all sorts."""
+    sorts = [sort for sort in document["by_distance"] if nearest in ("all", str(sort["nearest"]))]
+    tokens = sum(sort["tokens"] for sort in sorts)
+    return math.exp(sum(sort["nll"] for sort in sorts) / tokens) if tokens else math.nan
+
+
+def _start(model: Any, data: Data, settings: ExtendSettings, _: str) -> Result:
+    """Perplexity before training, on the windows that the run itself watches."""
+    context = settings.positions.context
+    return {"perplexity": math.exp(document_loss(_long(data, context, WATCHED_DOCUMENTS), context)(model))}
+
+
+def _long(data: Data, context: int, most: int) -> Sequence[np.ndarray]:
+    return [ids for ids in data.held_out if len(ids) >= context][:most]
+
+
+def _plain_perplexity(document: Result, _: str) -> float:
+    return document["perplexity"]
+
+
+MEASURES: dict[str, Measure] = {
+    "perplexity": Measure(_perplexity, _plain_perplexity),
+    "own": Measure(_own, _plain_perplexity),
+    "start": Measure(_start, _plain_perplexity, shared=True),
+    "recall": Measure(_recall, _recalled, shared=True),
+    "copies": Measure(_copies, _copied, shared=True),
+}
+"""`perplexity-N` and `own-N` are perplexity at N tokens, with full attention and with the training attention;
+`start` the perplexity before training; `recall-N` recall over N tokens; `copies-N` perplexity by copies."""
+
+
+def measure_file(kind: str, number: str) -> str | None:
+    """The measurement that an entry reads, without `.json`; None where training itself tells the number."""
+    if kind not in MEASURES:
+        return None
+    return kind if MEASURES[kind].shared or not number else f"{kind}-{number}"
+
+
+def made(name: str, model: Any, data: Data, settings: ExtendSettings) -> Result:
+    """The measurement `name`, as JSON."""
+    kind, _, number = name.partition("-")
+    return MEASURES[kind].make(model, data, settings, number)
+
+
+def _embed_rate(cell: Cell, _: Result) -> float | None:
+    training = cell.settings.training
+    return training.embed_lr or (training.lr if {"embed", "full"} & set(cell.settings.trainable.train) else None)
+
+
+TOOK: Mapping[str, Callable[[Cell, Result], float | None]] = {
+    "seconds": lambda _, result: result["training"]["seconds"],
+    "gigabytes": lambda _, result: result["training"]["memory_bytes"] / 1e9,
+    "millions": lambda _, result: result["trainable"]["trainable"] / 1e6,
+    "pairs": lambda _, result: result["attention_cost"]["pairs"],
+    "rate": lambda cell, _: cell.settings.training.lr,
+    "embed": _embed_rate,
+}
+"""What training took, from a cell and its `cell.json`: seconds, GB, millions of trained parameters, query-key pairs
+that attention looked at; and its learning rates."""
+
+
+def number_of(kind: str, number: str, cell: Cell, result: Result) -> float | None:
+    """The number that an entry shows, from its placed and finished cell; None where it has not been measured."""
+    run = RunDirectory(cell.settings.output)
+    if kind == "step":
+        steps = {record["step"]: record["eval_perplexity"] for record in run.read_metrics() if "eval_loss" in record}
+        return steps.get(int(number))
+    if kind in TOOK:
+        return TOOK[kind](cell, result)
+    document = run.read_evaluation(measure_file(kind, number) or "")
+    return None if document is None else MEASURES[kind].read(document, number)

@@ -2,57 +2,72 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+from longlora.reproduction import attention_study
 from longlora.reproduction.entries import Check, Entry, Figure, Row, Size, Table
+from longlora.reproduction.measuring import RECALL_PLACES
 from longlora.reproduction.ways import Way
 
 RATE_OF_ALL = (0.05, 0.15, 0.5)
 """Learning rates of full fine-tuning, as shares of LoRA's."""
 
-USUAL_RATE_OF_ALL = 0.15
+EVERYTHING: dict[str, Any] = {"train": ("full",), "rate": 0.15}
+"""Full fine-tuning at its usual rate."""
 
-RECALL_PLACES = (3, 6, 10, 13)
-"""Distances of repeated passages, in sixteenths of the context."""
+FULL: dict[str, Any] = {"pattern": "full", **EVERYTHING}
 
 
 def _perplexities(key: str, label: str, ways: Sequence[Way]) -> Row:
     return Row(key, label, tuple(Entry(way, f"perplexity-{way.context}") for way in ways))
 
 
+def _above(claim: str, left: str, right: str, column: int = 0) -> Check:
+    return Check(claim, (left, column), "above", (right, column))
+
+
+def _near(claim: str, left: str, right: str, column: int = 0, near: float = 0.03) -> Check:
+    return Check(claim, (left, column), "near", (right, column), near)
+
+
+def _heads(contexts: Sequence[int]) -> tuple[str, ...]:
+    return tuple(f"{context:,}" for context in contexts)
+
+
 def table1(size: Size) -> Table:
     """Short, shifted and full attention by target context, and positions stretched without training."""
-    untrained = [
+    untrained = {"linear": "Position Interpolation", "ntk": "NTK", "yarn": "YaRN"}
+    trained = {"full": "full attention", "plain": "short attention", "shift": "S²"}
+    rows = [
         _perplexities(
             f"untrained-{method}",
             f"{said}, not trained",
             [Way(context=context, method=method, trained=False) for context in size.contexts],
         )
-        for method, said in (("linear", "Position Interpolation"), ("ntk", "NTK"), ("yarn", "YaRN"))
+        for method, said in untrained.items()
     ]
-    trained = [
-        _perplexities(key, label, [Way(context=context, pattern=key) for context in size.contexts])
-        for key, label in (("full", "full attention"), ("plain", "short attention"), ("shift", "S²"))
+    rows += [
+        _perplexities(pattern, label, [Way(context=context, pattern=pattern) for context in size.contexts])
+        for pattern, label in trained.items()
     ]
     last = len(size.contexts) - 1
     checks = [
         Check(
-            "untrained at least 1.5 times trained (Position Interpolation)",
-            ("untrained-linear", last),
+            f"untrained at least 1.5 times trained ({untrained[method]})",
+            (f"untrained-{method}", last),
             "far above",
             ("shift", last),
-        ),
-        Check("untrained at least 1.5 times trained (NTK)", ("untrained-ntk", last), "far above", ("shift", last)),
-        Check("untrained > trained (YaRN)", ("untrained-yarn", last), "above", ("shift", last)),
+        )
+        for method in ("linear", "ntk")
     ]
+    checks.append(_above("untrained > trained (YaRN)", "untrained-yarn", "shift", last))
     for column, context in enumerate(size.contexts):
-        checks += [
-            Check(f"short attention worse than S² at {context:,}", ("plain", column), "above", ("shift", column)),
-            Check(f"S² within 3% of full attention at {context:,}", ("shift", column), "near", ("full", column)),
-        ]
+        checks.append(_above(f"short attention worse than S² at {context:,}", "plain", "shift", column))
+        checks.append(_near(f"S² within 3% of full attention at {context:,}", "shift", "full", column))
     return Table(
         "Perplexity by target context: positions alone, full attention, short attention, S²",
-        tuple(f"{context:,}" for context in size.contexts),
-        (*untrained, *trained),
+        _heads(size.contexts),
+        tuple(rows),
         tuple(checks),
         figure=Figure(kind="lines", across="context, tokens", rows=("untrained-yarn", "full", "plain", "shift")),
     )
@@ -69,21 +84,21 @@ def table2(size: Size) -> Table:
         "dilated": "dilated",
         "strided": "strided",
     }
-    rows = []
-    for pattern, label in said.items():
-        way = Way(context=size.top, pattern=pattern)
-        rows.append(Row(pattern, label, (Entry(way, f"perplexity-{size.top}"), Entry(way, f"own-{size.top}"))))
+    ways = {pattern: Way(context=size.top, pattern=pattern) for pattern in said}
     return Table(
         f"Attention patterns in training, perplexity at {size.top:,} tokens",
         ("full attention", "its own"),
-        tuple(rows),
+        tuple(
+            Row(pattern, said[pattern], tuple(Entry(way, f"{what}-{size.top}") for what in ("perplexity", "own")))
+            for pattern, way in ways.items()
+        ),
         (
-            Check("S² across heads within 3% of full attention", ("shift", 0), "near", ("full", 0)),
-            Check("across layers worse than across heads", ("shift-layers", 0), "above", ("shift", 0)),
-            Check("P1 alone worse than S²", ("plain", 0), "above", ("shift", 0)),
-            Check("P2 alone worse than S²", ("shifted", 0), "above", ("shift", 0)),
-            Check("dilated worse than S²", ("dilated", 0), "above", ("shift", 0)),
-            Check("strided worse than S²", ("strided", 0), "above", ("shift", 0)),
+            _near("S² across heads within 3% of full attention", "shift", "full"),
+            _above("across layers worse than across heads", "shift-layers", "shift"),
+            _above("P1 alone worse than S²", "plain", "shift"),
+            _above("P2 alone worse than S²", "shifted", "shift"),
+            _above("dilated worse than S²", "dilated", "shift"),
+            _above("strided worse than S²", "strided", "shift"),
             Check("S² is better tested with full attention than with its own", ("shift", 1), "above", ("shift", 0)),
         ),
         notes=("Columns: what the trained model is tested with.", "Block-sparse attention is not built here."),
@@ -94,11 +109,11 @@ def table2(size: Size) -> Table:
 def table3(size: Size) -> Table:
     """What trains, all with S²."""
 
-    def lora(*more: str, **chosen: int | float | bool) -> Way:
-        return replace(Way(context=size.top, train=("lora", *more)), **chosen)  # type: ignore[arg-type]
+    def lora(*more: str, **chosen: Any) -> Way:
+        return replace(Way(context=size.top, train=("lora", *more)), **chosen)
 
     ways = {
-        "full" if rate == USUAL_RATE_OF_ALL else f"full-{rate}": (
+        "full" if rate == EVERYTHING["rate"] else f"full-{rate}": (
             f"full fine-tuning, {rate:g} of LoRA's rate",
             Way(context=size.top, train=("full",), rate=rate),
         )
@@ -118,18 +133,13 @@ def table3(size: Size) -> Table:
         ("perplexity", "parameters (M)", "rate", "embeddings' rate"),
         tuple(Row(key, label, tuple(Entry(way, name) for name in what)) for key, (label, way) in ways.items()),
         (
-            Check("LoRA alone worse than + norm + embed", ("rank-8", 0), "above", ("norm-embed", 0)),
-            Check("rank 256 still worse than + norm + embed", ("rank-256", 0), "above", ("norm-embed", 0)),
-            Check("a larger rank is not the cure: 256 no better than 8", ("rank-256", 0), "above", ("rank-8", 0)),
-            Check("+ norm alone worse than both", ("norm", 0), "above", ("norm-embed", 0)),
-            Check("+ embed alone worse than both", ("embed", 0), "above", ("norm-embed", 0)),
-            Check("+ norm + embed within 3% of full fine-tuning", ("norm-embed", 0), "near", ("full", 0)),
-            Check(
-                "embeddings at LoRA's rate are worse than at their own",
-                ("norm-embed-one-rate", 0),
-                "above",
-                ("norm-embed", 0),
-            ),
+            _above("LoRA alone worse than + norm + embed", "rank-8", "norm-embed"),
+            _above("rank 256 still worse than + norm + embed", "rank-256", "norm-embed"),
+            _above("a larger rank is not the cure: 256 no better than 8", "rank-256", "rank-8"),
+            _above("+ norm alone worse than both", "norm", "norm-embed"),
+            _above("+ embed alone worse than both", "embed", "norm-embed"),
+            _near("+ norm + embed within 3% of full fine-tuning", "norm-embed", "full"),
+            _above("embeddings at LoRA's rate are worse than at their own", "norm-embed-one-rate", "norm-embed"),
         ),
         notes=(
             "LoRA's alpha stays 16 as in the original code, so a larger rank is scaled down (alpha / rank) unless the "
@@ -143,39 +153,34 @@ def table4(size: Size) -> Table:
     """Training context by evaluation context, with and without S² and LoRA + norm + embed."""
     tested = (size.window, *size.contexts)
     kinds = {
-        "full-full": ("full attention, full FT", {"pattern": "full", "train": ("full",), "rate": USUAL_RATE_OF_ALL}),
-        "shift-full": ("S², full FT", {"train": ("full",), "rate": USUAL_RATE_OF_ALL}),
+        "full-full": ("full attention, full FT", FULL),
+        "shift-full": ("S², full FT", EVERYTHING),
         "shift-lora": ("S², LoRA + norm + embed", {}),
     }
-    rows = []
-    for place, context in enumerate(size.contexts):
-        for kind, (label, chosen) in kinds.items():
-            way = replace(Way(context=context), **chosen)  # type: ignore[arg-type]
-            entries = tuple(Entry(way, f"perplexity-{c}") if c <= context else None for c in tested)
-            rows.append(Row(f"{kind}-{place}", f"{context:,}: {label}", entries))
     last = len(size.contexts) - 1
+    best = f"shift-lora-{last}"
+    rows = []
     checks = [
         Check(
             "more context is used: perplexity falls from the old window to the new one",
-            (f"shift-lora-{last}", 0),
+            (best, 0),
             "above",
-            (f"shift-lora-{last}", last + 1),
+            (best, last + 1),
         )
     ]
     for place, context in enumerate(size.contexts):
-        checks += [
-            Check(
-                f"S², full FT within 3% of full attention, {context:,}", (f"shift-full-{place}", place + 1), "near",
-                (f"full-full-{place}", place + 1),
-            ),
-            Check(
-                f"S², LoRA + norm + embed within 3% of full FT, {context:,}", (f"shift-lora-{place}", place + 1),
-                "near", (f"full-full-{place}", place + 1),
-            ),
-        ]  # fmt: skip
+        for kind, (label, chosen) in kinds.items():
+            way = Way(context=context, **chosen)
+            entries = tuple(Entry(way, f"perplexity-{c}") if c <= context else None for c in tested)
+            rows.append(Row(f"{kind}-{place}", f"{context:,}: {label}", entries))
+        for kind, claim in (
+            ("shift-full", "S², full FT within 3% of full attention"),
+            ("shift-lora", "S², LoRA + norm + embed within 3% of full FT"),
+        ):
+            checks.append(_near(f"{claim}, {context:,}", f"{kind}-{place}", f"full-full-{place}", place + 1))
     return Table(
         "Training context (rows) by evaluation context (columns), perplexity",
-        tuple(f"{context:,}" for context in tested),
+        _heads(tested),
         tuple(rows),
         tuple(checks),
         figure=Figure(kind="lines", across="tokens it is tested with", rows=tuple(f"{kind}-{last}" for kind in kinds)),
@@ -191,16 +196,17 @@ def table6(size: Size) -> Table:
         "plain": ("short attention", Way(context=size.top, pattern="plain")),
         "shift": ("S²", Way(context=size.top)),
     }
-    rows = tuple(Row(k, label, tuple(Entry(way, f"recall-{d}") for d in distances)) for k, (label, way) in ways.items())
     last = len(distances) - 1
     return Table(
         f"Retrieval at {size.top:,} tokens: share of a repeated passage's tokens ranked first, by distance in tokens",
-        tuple(f"{distance:,}" for distance in distances),
-        rows,
+        _heads(distances),
+        tuple(
+            Row(key, label, tuple(Entry(way, f"recall-{d}") for d in distances)) for key, (label, way) in ways.items()
+        ),
         (
-            Check("S² retrieves more than no training does, farthest", ("shift", last), "above", ("untrained", last)),
-            Check("S² retrieves more than short attention, farthest", ("shift", last), "above", ("plain", last)),
-            Check("full attention at most 10% above S², farthest", ("full", last), "near", ("shift", last), 0.1),
+            _above("S² retrieves more than no training does, farthest", "shift", "untrained", last),
+            _above("S² retrieves more than short attention, farthest", "shift", "plain", last),
+            _near("full attention at most 10% above S², farthest", "full", "shift", last, 0.1),
         ),
         number=".1%",
         notes=(
@@ -216,23 +222,22 @@ def table8(size: Size) -> Table:
     every = max(1, size.steps // 6)
     steps = (0, *range(every, size.steps + 1, every))
     ways = {
-        "full": ("full fine-tuning", Way(context=size.top, train=("full",), rate=USUAL_RATE_OF_ALL, watched=every)),
+        "full": ("full fine-tuning", Way(context=size.top, **EVERYTHING, watched=every)),
         "norm-embed": ("LoRA + norm + embed", Way(context=size.top, watched=every)),
     }
-    start = Entry(Way(context=size.top, trained=False), "step-0")
-    rows = tuple(
-        Row(key, label, (start, *(Entry(way, f"step-{step}") for step in steps[1:])))
-        for key, (label, way) in ways.items()
-    )
+    start = Entry(Way(context=size.top, trained=False), "start")
     last = len(steps) - 1
     return Table(
         f"Perplexity at {size.top:,} tokens by optimiser steps, with S²",
         tuple(str(step) for step in steps),
-        rows,
+        tuple(
+            Row(key, label, (start, *(Entry(way, f"step-{step}") for step in steps[1:])))
+            for key, (label, way) in ways.items()
+        ),
         (
             Check("full fine-tuning better than no training", ("full", 0), "above", ("full", last)),
-            Check("full fine-tuning falls faster at first", ("norm-embed", 1), "above", ("full", 1)),
-            Check("LoRA + norm + embed ends within 3% of it", ("norm-embed", last), "near", ("full", last)),
+            _above("full fine-tuning falls faster at first", "norm-embed", "full", 1),
+            _near("LoRA + norm + embed ends within 3% of it", "norm-embed", "full", last),
         ),
         notes=("On other windows than the other tables: neighbouring ones, on up to eight documents.",),
         figure=Figure(kind="lines", across="optimiser steps"),
@@ -245,14 +250,13 @@ def table11(size: Size) -> Table:
     rows = []
     checks: list[Check] = []
     for context in reversed(size.contexts[-2:]):
-        ways = [Way(context=context, pattern="full"), *(Way(context=context, groups=groups) for groups in shares)]
-        rows.append(_perplexities(str(context), f"{context:,}", ways))
         key = str(context)
-        checks += [
-            Check(f"groups of 1/2 within 1% of full attention, {context:,}", (key, 1), "near", (key, 0), 0.01),
-            Check(f"groups of 1/4 within 1% of full attention, {context:,}", (key, 2), "near", (key, 0), 0.01),
-            Check(f"groups of 1/8 worse than 1/4, {context:,}", (key, 4), "above", (key, 2)),
-        ]
+        ways = [Way(context=context, pattern="full"), *(Way(context=context, groups=groups) for groups in shares)]
+        rows.append(_perplexities(key, f"{context:,}", ways))
+        for column, share in ((1, "1/2"), (2, "1/4")):
+            claim = f"groups of {share} within 1% of full attention, {context:,}"
+            checks.append(Check(claim, (key, column), "near", (key, 0), 0.01))
+        checks.append(Check(f"groups of 1/8 worse than 1/4, {context:,}", (key, 4), "above", (key, 2)))
     return Table(
         "Group size, as a share of the training context (rows), perplexity at that context",
         ("full", *(f"1/{groups}" for groups in shares)),
@@ -264,36 +268,36 @@ def table11(size: Size) -> Table:
 
 def figure1(size: Size) -> Table:
     """Perplexity, time and memory of full fine-tuning, plain LoRA and LongLoRA by context."""
-    kinds = {
-        "full": ("full FT, full attention", {"pattern": "full", "train": ("full",), "rate": USUAL_RATE_OF_ALL}),
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "full": ("full FT, full attention", FULL),
         "lora": ("LoRA, full attention", {"pattern": "full", "train": ("lora",)}),
         "longlora": ("LongLoRA", {}),
     }
     rows = []
     for key, (label, chosen) in kinds.items():
-        ways = [replace(Way(context=context), **chosen) for context in size.contexts]  # type: ignore[arg-type]
-        entries = [
-            *(Entry(way, f"perplexity-{way.context}") for way in ways),
-            *(Entry(way, "seconds") for way in ways),
-            *(Entry(way, "gigabytes") for way in ways),
-        ]
-        rows.append(Row(key, label, tuple(entries)))
+        ways = [Way(context=context, **chosen) for context in size.contexts]
+        took = tuple(Entry(way, what) for what in ("seconds", "gigabytes") for way in ways)
+        rows.append(Row(key, label, (*_perplexities(key, label, ways).entries, *took)))
     count = len(size.contexts)
     return Table(
         "Perplexity, seconds of training and memory (GB) by context",
         tuple(f"{word}{context:,}" for word in ("", "s ", "GB ") for context in size.contexts),
         tuple(rows),
         (
-            Check("LoRA alone worse than LongLoRA, longest", ("lora", count - 1), "above", ("longlora", count - 1)),
-            Check("LoRA with full attention slower", ("lora", 2 * count - 1), "above", ("longlora", 2 * count - 1)),
-            Check("full FT takes more memory", ("full", 3 * count - 1), "above", ("longlora", 3 * count - 1)),
+            _above("LoRA alone worse than LongLoRA, longest", "lora", "longlora", count - 1),
+            _above("LoRA with full attention slower", "lora", "longlora", 2 * count - 1),
+            _above("full FT takes more memory", "full", "longlora", 3 * count - 1),
         ),
         notes=("On a CPU the memory is the process's peak, libraries and data included.",),
         figure=Figure(kind="panels", across="context, tokens"),
     )
 
 
-TABLES: Mapping[str, Callable[[Size], Table]] = {
+def _alone(table: Callable[[Size], Table]) -> Callable[[Size], tuple[Table, ...]]:
+    return lambda size: (table(size),)
+
+
+PAPERS = {
     "table1": table1,
     "table2": table2,
     "table3": table3,
@@ -304,4 +308,9 @@ TABLES: Mapping[str, Callable[[Size], Table]] = {
     "table11": table11,
     "figure1": figure1,
 }
-"""Every table that is made of cells; `table7` is computed (`longlora.reproduction.flops_table`)."""
+
+TABLES: Mapping[str, Callable[[Size], tuple[Table, ...]]] = {
+    **{name: _alone(table) for name, table in PAPERS.items()},
+    "attention-study": attention_study.tables,
+}
+"""Everything that is made of cells, by name; `table7` is computed (`longlora.reproduction.flops_table`)."""

@@ -85,8 +85,3 @@ class ReproduceSettings(CommandSettings):
             at_least("minutes", self.minutes, 0)
         if self.lr is not None and not self.lr > 0:
             raise UserError(f"--lr is {self.lr}: it must be above 0.")
-        if self.name not in STUDIES:
-            return
-        for flag, given in (("reuse", self.reuse), ("minutes", self.minutes), ("pages", self.pages)):
-            if given:
-                raise UserError(f"--{flag} is for the paper's tables: leave it out, or name one of them.")
