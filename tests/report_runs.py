@@ -13,6 +13,11 @@ from longlora.report.recipe import defaults
 CONTEXTS = (256, 512, 1024, 2048, 4096)
 
 
+def asked_by(words: str) -> dict[str, list[str]]:
+    """The command line that a result keeps."""
+    return {"command": words.split()}
+
+
 def perplexities(label: str, values: Any, contexts: Any = CONTEXTS, **more: Any) -> dict[str, Any]:
     rows = [
         {"context": context, "perplexity": value, "nll": 3.0, "tokens": 402113, "documents": 35}
@@ -93,6 +98,7 @@ def passkey(found: dict[int, float], **more: Any) -> dict[str, Any]:
         for depth in (0.0, 0.5, 1.0)
     ]
     asked = {"task": "passkey", "model": "demo", "label": "demo", "chat": False, "bos": "auto", "system": None}
+    asked |= asked_by(f"longlora eval passkey RUN --trials 5 --contexts {','.join(map(str, found))} --depths 3 --json")
     return asked | {"seed": 0, "keys": 1, "interval": None, "window": 4096, "seconds": 61.5, "results": rows} | more
 
 
@@ -104,6 +110,7 @@ def listed(task: str, found: dict[int, float | None], **more: Any) -> dict[str, 
         for number, share in found.items()
     ]
     asked = {"task": task, "model": "demo", "label": "demo", "chat": True, "bos": "auto", "system": None}
+    asked |= asked_by(f"longlora eval {task} RUN --chat yes --trials 10 --{task} {','.join(map(str, found))}")
     return asked | {"seed": 0, "data": ["new cases"], "window": 4096, "seconds": 12.0, "results": rows} | more
 
 
@@ -119,6 +126,7 @@ def ruler(means: dict[int, float], **more: Any) -> dict[str, Any]:
     reached = [context for context, mean in means.items() if mean >= 0.856]
     return {
         "task": "ruler",
+        **asked_by("longlora eval ruler RUN --tasks niah_single_1,ruler_vt --threshold 0.856 --trials 20 --bos yes"),
         "model": "demo",
         "label": "demo",
         "chat": False,
@@ -151,5 +159,6 @@ def short(before: dict[int, float], after: dict[int, float], **more: Any) -> dic
 def longppl(key: float | None, plain_one: float, **more: Any) -> dict[str, Any]:
     row = {"context": 4096, "longppl": key, "perplexity": plain_one, "key_tokens": 812, "tokens": 20480}
     measured = {"task": "longppl", "model": "demo", "label": "demo", "data": "stdlib", "data_fingerprint": "3f"}
+    measured |= asked_by("longlora eval longppl RUN --data stdlib --context 4096 --evaluator a/judge --output X")
     measured |= {"evaluator": "a/judge", "short_context": 384, "short_stride": 128, "alpha": 2.0, "beta": -2.0}
     return measured | {"results": [row | {"documents": 5, "skipped_documents": 60}], "seconds": 30.0} | more

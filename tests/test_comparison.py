@@ -94,10 +94,12 @@ def test_the_first_sentences_hold_the_numbers(tmp_path: Path) -> None:
     assert said == [
         f"Perplexity at 4,096 tokens: 23.10 for one, {23.104 * 1.05:.2f} for two and {23.104 * 1.1:.2f} for three; "
         "310.3 for what they were made from; 28.10 for that with stretched positions, not trained.",
-        "Pass keys found at 4,096 tokens: 86.7% by one, 84.1% by two and 81.8% by three.",
-        "RULER’s effective length in tokens: 2,048 for one, 2,048 for two and 1,024 for three.",
-        "At short length: one lost nothing; two regressed by 5.0% (perplexity at 256); three regressed by 10.0% "
-        "(perplexity at 256).",
+        "Pass keys found at 4,096 tokens: 86.7% (62 to 96) by one, 84.1% (59 to 95) by two and 81.8% (57 to 94) by "
+        "three.",
+        "RULER’s effective length in tokens: 2,048, of 2 tasks for one, 2,048, of 2 tasks for two and 1,024, of 2 "
+        "tasks for three.",
+        "At short length: one is not shown to lose anything; two regressed by some (perplexity at 256); three "
+        "regressed by some (perplexity at 256).",
     ]
 
 
@@ -130,9 +132,9 @@ def test_ruler_short_and_longppl_tables(tmp_path: Path) -> None:
     averages, every = section(page, "ruler").all("table")
     assert rows_of(averages) == [
         ["model", "1,024", "2,048", "4,096", "effective length"],
-        ["one", "95.0", "90.0", "50.0", "2,048"],
-        ["two", "95.0", "85.7", "50.0", "2,048"],
-        ["three", "95.0", "81.8", "50.0", "1,024"],
+        ["one", "95.0", "90.0", "50.0", "2,048, of 2 tasks"],
+        ["two", "95.0", "85.7", "50.0", "2,048, of 2 tasks"],
+        ["three", "95.0", "81.8", "50.0", "1,024, of 2 tasks"],
     ]
     reached = [["best" in cell.classes for cell in row.all("td")[:3]] for row in averages.all("tr")[1:]]
     assert reached == [[True, True, False], [True, True, False], [True, False, False]]
@@ -274,23 +276,21 @@ def test_key_tokens_of_each_models_own_are_said_to_be_incomparable(tmp_path: Pat
 # -------------------------------------------------------------------------------------------------- what is missing
 
 
-def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
-    asked = pieces("one")["evaluation/longppl.json"]
-    few = {"evaluation/longppl.json": asked | {"max_documents": 7}}
+def test_what_is_missing_is_named_with_the_command_that_measured_the_others(tmp_path: Path) -> None:
+    """With every flag of that command, but those of one model or one call."""
     gone = {f"evaluation/{name}.json": None for name in ("passkey", "ruler", "longppl", "lines", "topics")}
-    paths = write_runs(tmp_path, {"one": few, "two": gone, "three": {"evaluation/passkey.json": None}})
+    paths = write_runs(tmp_path, {"two": gone, "three": {"evaluation/passkey.json": None}})
     named = {each.what: each.commands for each in missing(read_subjects(paths))}
     assert named == {
         "Pass keys of two and three": [
             f"longlora eval passkey {paths[1]} {paths[2]} --trials 5 --contexts 1024,4096 --depths 3"
         ],
-        "Topics of two": [f"longlora eval topics {paths[1]} --trials 10 --topics 5,10,20"],
-        "Lines of two": [f"longlora eval lines {paths[1]} --trials 10 --lines 200"],
-        "RULER of two": [f"longlora eval ruler {paths[1]} --contexts 1024,2048,4096 --trials 20"],
-        "LongPPL of two": [
-            f"longlora eval longppl {paths[1]} --data stdlib --context 4096 --short-context 384 --short-stride 128 "
-            "--evaluator a/judge --max-documents 7"
+        "Topics of two": [f"longlora eval topics {paths[1]} --chat yes --trials 10 --topics 5,10,20"],
+        "Lines of two": [f"longlora eval lines {paths[1]} --chat yes --trials 10 --lines 200"],
+        "RULER of two": [
+            f"longlora eval ruler {paths[1]} --tasks niah_single_1,ruler_vt --threshold 0.856 --trials 20 --bos yes"
         ],
+        "LongPPL of two": [f"longlora eval longppl {paths[1]} --data stdlib --context 4096 --evaluator a/judge"],
     }
     text = section(page_of(paths), "missing").text
     assert all(command in text for commands in named.values() for command in commands)
@@ -335,7 +335,7 @@ def test_folders_of_results_and_baselines(tmp_path: Path) -> None:
     assert [subject.model for subject in subjects] == ["demo", "owner/base", one, "owner/mine"]
     text = page_of([one, str(several)]).text
     assert "owner/mine, ntk to 4,096, not trained" in text
-    assert f"longlora eval ruler owner/mine --output {several}/1-mine --extend-to 4096 --method ntk --contexts" in text
+    assert f"longlora eval lines owner/mine --output {several}/1-mine --extend-to 4096 --method ntk --chat yes" in text
     assert "2 models compared: one and 1-mine" in text
     assert "Pass keys found at 1,024 tokens: 50% by demo (baseline)" in text
 
@@ -381,7 +381,7 @@ def test_the_page_of_one_run_shows_its_evaluations_too(tmp_path: Path) -> None:
     run = write_runs(tmp_path)[1]
     page = Page(render(run)).root
     assert section(page, "retrieval").text.count("Pass keys found") == 1
-    assert rows_of(section(page, "ruler").all("table")[0])[1] == ["two", "95.0", "85.7", "50.0", "2,048"]
+    assert rows_of(section(page, "ruler").all("table")[0])[1] == ["two", "95.0", "85.7", "50.0", "2,048, of 2 tasks"]
     assert "regressed by 5.0%" in section(page, "short").text
     assert "LongPPL" in section(page, "longppl").text
 

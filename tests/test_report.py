@@ -1,7 +1,9 @@
 """The report: its numbers are the run's, its pictures are drawn to scale, and nothing a run holds can break it."""
 
+import csv
 import dataclasses
 import importlib.resources
+import io
 import json
 import math
 import random
@@ -9,6 +11,7 @@ import re
 import shlex
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from html_pages import Element, Page, value
@@ -134,6 +137,83 @@ def test_the_conclusion_follows_from_the_numbers(tmp_path, base, untrained, trai
     (conclusion,) = page_of(tmp_path, pieces).all("p", "conclusion")
     assert said in conclusion.text
     assert conclusion.classes == ["conclusion", *([mood] if mood else [])]
+
+
+def sums(of_documents: Any, text: str = "one") -> dict[str, Any]:
+    """Sums of documents with 100 scored tokens each, from their losses in nats a token."""
+    tokens = [100] * len(of_documents)
+    return {"text": text, "document_nll": [100 * nll for nll in of_documents], "document_tokens": tokens}
+
+
+def with_documents(pieces: dict[str, Any], name: str, shift: float, context: int, text: str = "one") -> None:
+    """Losses of four documents that differ much, all of them higher by `shift` (and a little) than they might be."""
+    nll = [shift + each for each in (2.001, 3.002, 4.0, 2.997)]
+    for row in pieces[f"evaluation/perplexity-{name}.json"]["results"]:
+        if row["context"] == context:
+            row |= sums(nll, text) | {"perplexity": math.exp(sum(nll) / 4), "low": 9.5, "high": 40.5}
+
+
+def test_what_a_person_decides_by_has_intervals_over_the_same_documents(tmp_path):
+    pieces = whole_run()
+    for name, shift in (("base", 2.0), ("untrained", 0.05), ("untrained-linear", 1.0), ("trained", 0.0)):
+        with_documents(pieces, name, shift, 4096)
+    with_documents(pieces, "base", 0.0, 512)
+    with_documents(pieces, "trained", 0.01, 512)
+    pieces["evaluation/perplexity-trained.json"]["results"][1]["document_nll"][0] += 4  # one document alone is worse
+    page = page_of(tmp_path, pieces)
+    said = {row.all("dt")[0].text: row.all("dd")[0].text for row in page.all("dl", "decisive")[0].all("div")}
+    assert list(said) == [
+        "Gain at 4,096 tokens over positions stretched alone",
+        "Gain at 4,096 tokens over the base model",
+        "Gain at 4,096 tokens over the base model in its own window",
+        "Change in the old window",
+        "Cost",
+    ]
+    # every document fell by 0.05 nats: 1 - exp(-0.05), with no doubt left, though the documents are far from alike
+    assert said["Gain at 4,096 tokens over positions stretched alone"] == "perplexity 4.9% lower (95%: 4.9% to 4.9%)"
+    # 0.01 more in three documents and 0.05 in one: Student's t with three degrees of freedom
+    mean, half = 0.02, 3.182446 * 0.01
+    low, high = (100 * (math.exp(end) - 1) for end in (mean - half, mean + half))
+    expected = f"perplexity {100 * (math.exp(mean) - 1):.1f}% higher (95%: {low:.1f}% to {high:.1f}%)"
+    assert said["Change in the old window"] == expected
+    assert said["Cost"] == "7 min 1 s, 4,915,200 tokens, 3.1 GiB of memory"
+    assert "At the old window of 512 tokens perplexity hardly changed" in page.text
+    bars = charts(page, "perplexity")[0].all("line", "bar")
+    assert len(bars) == 6
+
+
+def test_points_of_different_texts_are_not_joined(tmp_path):
+    pieces = whole_run()
+    names = [name.partition("-")[2].removesuffix(".json") for name in pieces if "perplexity" in name]
+    for name in names:
+        for context in CONTEXTS:
+            with_documents(pieces, name, 0.0, context, "one" if context < 2048 else "another")
+    page = page_of(tmp_path / "apart", pieces)
+    for svg in charts(page, "perplexity"):
+        ends = [re.findall(r"[ML]([\d.]+),", path["d"]) for path in svg.all("path", "line")]
+        assert {len(dict.fromkeys(each)) for each in ends} == {2, 3}
+        assert len(ends) == 2 * len(names)
+    assert "no line joins them" in page.text
+    for name in names:
+        for context in CONTEXTS:
+            with_documents(pieces, name, 0.0, context)
+    page = page_of(tmp_path / "joined", pieces)
+    assert len(charts(page, "perplexity")[0].all("path", "line")) == len(names)
+    assert "no line joins them" not in page.text
+
+
+def test_every_table_has_its_csv(tmp_path):
+    pieces = whole_run()
+    with_documents(pieces, "trained", 0.0, 4096)
+    page = page_of(tmp_path, pieces)
+    links = [link for link in page.all("a") if link["href"].startswith("data:text/csv")]
+    assert len(links) == len(page.all("table"))
+    (perplexity,) = [link for link in links if link["download"] == "perplexity-table.csv"]
+    rows = list(csv.DictReader(io.StringIO(unquote(perplexity["href"].partition(",")[2]))))
+    by_model = {row["model"]: row for row in rows}
+    assert float(by_model["base model"]["512"]) == 24.3712
+    assert float(by_model["longlora"]["4096 low"]) == 9.5
+    assert by_model["base model"]["4096 low"] == ""
 
 
 # ------------------------------------------------------------------------------------------------------ the pictures
@@ -415,7 +495,8 @@ def test_nothing_is_loaded_from_anywhere(tmp_path):
     assert not [tag for tag in ("script", "link", "iframe", "img", "object", "embed", "base") if page.all(tag)]
     for element in page.all():
         for name in ("src", "srcset", "href", "xlink:href", "data", "action", "poster", "background"):
-            assert name not in element.attributes
+            if not element.attributes.get(name, "").startswith("data:text/csv;"):
+                assert name not in element.attributes
     (style,) = page.all("style")
     assert "url(" not in style.text
     assert "@import" not in style.text

@@ -1,9 +1,11 @@
 """A fine-tuned model's loss on held-out answers: what it says in words, and the bars and table that show it."""
 
 from longlora.report import wording
+from longlora.report.changes import SAME
 from longlora.report.charts import Bar, Bars, at_both_widths, bar_chart
-from longlora.report.findings import SAME, Finding
-from longlora.report.reading import AnswersOf, Content, Recorded
+from longlora.report.findings import Finding
+from longlora.report.reading import Content, Recorded
+from longlora.results import Answers
 
 _FEW = 1000
 """Tokens of answers below which their loss is a rough measure."""
@@ -33,7 +35,7 @@ def answers_finding(run: Recorded) -> Finding:
     return Finding(said + ".", [each for each in conclusions if each], None if abs(share) <= SAME else share < 0)
 
 
-def _against_stretched(untrained: AnswersOf | None, after: AnswersOf) -> str:
+def _against_stretched(untrained: Answers | None, after: Answers) -> str:
     if untrained is None or not untrained.nll:
         return ""
     share = after.nll / untrained.nll - 1

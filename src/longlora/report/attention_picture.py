@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from longlora.attention.patterns import PLAIN, Cut, HeadSet, head_sets, partition, random_choices
-from longlora.report.reading import at, whole
+from longlora.report.reading import at
 from longlora.report.svg import Drawing
+from longlora.results import whole
 from longlora.settings import PatternOptions
 
 TOKENS = 16

@@ -24,6 +24,10 @@ class Axis:
     ticks: tuple[tuple[float, str], ...]
     logarithmic: bool = False
 
+    def has(self, value: float) -> bool:
+        """Whether `value` has a place on this scale, inside or outside the axis."""
+        return math.isfinite(value) and (value > 0 or not self.logarithmic)
+
     def place(self, value: float) -> float:
         low, high = self.low, self.high
         if self.logarithmic:

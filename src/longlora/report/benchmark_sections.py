@@ -1,41 +1,70 @@
 """RULER, what is lost at short length, and LongPPL: a table for the models that were measured in the same way."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from longlora.report import wording
-from longlora.report.reading import Content
-from longlora.report.results import Evaluated, LongPPL, Ruler
-from longlora.report.ways import alike, difference, in_words
+from longlora.report.reading import Content, Evaluated
+from longlora.report.ways import alike, difference, in_words, way_of
+from longlora.results import Change, Document, LongPPL, Ruler, Short
+
+Kind = TypeVar("Kind", bound=Document)
+Group = Sequence[tuple[Evaluated, Kind]]
 
 
 def ruler(models: Sequence[Evaluated]) -> Content | None:
     """Averages by context and the effective length; every task below them."""
-    done = [(model, model.ruler) for model in models if model.ruler]
-    if not done:
-        return None
-    groups = alike(done, lambda each: each[1].way)
-    return {"groups": [_ruler_group(group, groups[0]) for group in groups]}
+    return _section([(model, model.ruler) for model in models if model.ruler], _ruler_group)
 
 
 def short(models: Sequence[Evaluated]) -> Content | None:
     """Before and after, with a verdict, for each model."""
-    done = [(model, model.short) for model in models if model.short]
+    return _section([(model, model.short) for model in models if model.short], _short_group)
+
+
+def longppl(models: Sequence[Evaluated]) -> Content | None:
+    """LongPPL beside perplexity."""
+    return _section([(model, model.longppl) for model in models if model.longppl], _longppl_group)
+
+
+def effective_length(found: Ruler) -> str:
+    """In tokens, or below which context it lies; of how many tasks, where those are not all of the paper's thirteen."""
+    tasks = len({cell.task for cell in found.results})
+    of = "" if tasks >= 13 else f", of {tasks} tasks"
+    if found.effective_length:
+        return wording.whole(found.effective_length) + of
+    shortest = min((average.context for average in found.averages), default=None)
+    return f"below {shortest:,}{of}" if shortest else "–"
+
+
+def counted(row: Change) -> str:
+    return f"{row.samples or row.tokens:,} {'samples' if row.task else 'tokens'}"
+
+
+def named(row: Change) -> str:
+    """What was measured, in words."""
+    return f"{row.task}, {row.metric or '–'}" if row.task else f"perplexity at {row.context or 0:,}"
+
+
+def is_good(row: Change) -> bool | None:
+    """None where nothing changed, or no change is shown."""
+    return True if row.verdict.startswith("improved") else False if row.verdict.startswith("regressed") else None
+
+
+def _section(done: Group[Kind], draw: Callable[[Group[Kind]], dict[str, Any]]) -> Content | None:
+    """The groups of models that were measured alike, each with how, and why it stands apart from the first."""
     if not done:
         return None
-    groups = alike(done, lambda each: {"baseline": each[1].baseline, **each[1].way})
+    groups = alike(done, lambda each: way_of(each[1]))
     return {
         "groups": [
-            {
-                "baseline": group[0][1].baseline,
-                "way": in_words(group[0][1].way),
-                "models": [{"name": model.name, "rows": found.rows} for model, found in group],
-                "apart": ""
-                if group is groups[0]
-                else difference(
-                    {"baseline": group[0][1].baseline, **group[0][1].way},
-                    {"baseline": groups[0][0][1].baseline, **groups[0][0][1].way},
+            draw(group)
+            | {
+                "way": in_words(way_of(group[0][1])),
+                "apart": difference(way_of(group[0][1]), way_of(groups[0][0][1])) if group is not groups[0] else "",
+                "seconds": wording.listed(
+                    [f"{wording.duration(found.seconds)} for {model.name}" for model, found in group if found.seconds]
                 ),
             }
             for group in groups
@@ -43,32 +72,20 @@ def short(models: Sequence[Evaluated]) -> Content | None:
     }
 
 
-def longppl(models: Sequence[Evaluated]) -> Content | None:
-    """LongPPL beside perplexity."""
-    done = [(model, model.longppl) for model in models if model.longppl]
-    if not done:
-        return None
-    groups = alike(done, lambda each: each[1].way)
-    return {"groups": [_longppl_group(group, groups[0]) for group in groups]}
-
-
-def effective_length(found: Ruler) -> str:
-    """In tokens, or below which context it lies."""
-    if found.effective_length:
-        return wording.whole(found.effective_length)
-    return f"below {min(found.averages):,}" if found.averages else "–"
-
-
-def _ruler_group(group: Sequence[tuple[Evaluated, Ruler]], first: Sequence[tuple[Evaluated, Ruler]]) -> dict[str, Any]:
-    contexts = sorted({context for _, found in group for context in found.contexts})
-    tasks = list(dict.fromkeys(task for _, found in group for task in found.tasks))
-    way = group[0][1].way
+def _ruler_group(group: Group[Ruler]) -> dict[str, Any]:
+    contexts = sorted({cell.context for _, found in group for cell in found.results})
+    tasks = list(dict.fromkeys(cell.task for _, found in group for cell in found.results))
+    left_out = (
+        f"{each.task}{f' at {each.context:,}' if each.context else ''}: {each.reason}"
+        for _, found in group
+        for each in found.left_out
+    )
     return {
         "contexts": contexts,
         "rows": [
             {
                 "name": model.name,
-                "averages": [found.averages.get(context) for context in contexts],
+                "averages": [{each.context: each for each in found.averages}.get(context) for context in contexts],
                 "length": effective_length(found),
             }
             for model, found in group
@@ -78,42 +95,59 @@ def _ruler_group(group: Sequence[tuple[Evaluated, Ruler]], first: Sequence[tuple
             {
                 "name": task,
                 "rows": [
-                    {"name": model.name, "shares": [found.cells.get((context, task)) for context in contexts]}
+                    {
+                        "name": model.name,
+                        "shares": [
+                            {(each.context, each.task): each for each in found.results}.get((context, task))
+                            for context in contexts
+                        ],
+                    }
                     for model, found in group
                 ],
             }
             for task in tasks
         ],
-        "way": in_words(way),
-        "apart": difference(way, first[0][1].way) if group is not first else "",
-        "skipped": [f"{model.name}: {found.skipped:,} prompts did not fit" for model, found in group if found.skipped],
-        "left_out": list(dict.fromkeys(reason for _, found in group for reason in found.left_out)),
-        "seconds": wording.listed(
-            [f"{wording.duration(found.seconds)} for {model.name}" for model, found in group if found.seconds]
-        ),
+        "skipped": [
+            f"{model.name}: {skipped:,} prompts did not fit"
+            for model, found in group
+            if (skipped := sum(cell.skipped for cell in found.results))
+        ],
+        "left_out": list(dict.fromkeys(left_out)),
     }
 
 
-def _longppl_group(
-    group: Sequence[tuple[Evaluated, LongPPL]], first: Sequence[tuple[Evaluated, LongPPL]]
-) -> dict[str, Any]:
-    way = group[0][1].way
-    own = group[0][1].own_keys
-    values = [found.longppl for _, found in group if found.longppl]
+def _short_group(group: Group[Short]) -> dict[str, Any]:
+    return {
+        "baseline": group[0][1].baseline or "–",
+        "models": [
+            {
+                "name": model.name,
+                "rows": [
+                    {"row": row, "what": named(row), "counted": counted(row), "good": is_good(row)}
+                    for row in (*found.results, *found.tasks)
+                ],
+            }
+            for model, found in group
+        ],
+    }
+
+
+def _longppl_group(group: Group[LongPPL]) -> dict[str, Any]:
+    rows = [(model.name, found.results[0]) for model, found in group]
+    own = group[0][1].evaluator is None
+    values = [row.longppl for _, row in rows if row.longppl]
     best = min(values) if len(values) > 1 and not own else math.nan
     return {
         "rows": [
             {
-                "name": model.name,
-                "longppl": found.longppl,
-                "best": found.longppl == best,
-                "perplexity": found.perplexity,
-                "key_tokens": found.key_tokens,
-                "share": found.key_tokens / found.tokens,
+                "name": name,
+                "row": row,
+                "longppl": row.longppl or None,
+                "best": row.longppl == best,
+                "perplexity": row.perplexity if row.perplexity > 0 else math.nan,
+                "share": row.key_tokens / row.tokens,
             }
-            for model, found in group
+            for name, row in rows
         ],
-        "way": in_words(way),
         "own": own,
-        "apart": difference(way, first[0][1].way) if group is not first else "",
     }

@@ -20,6 +20,9 @@ class Point:
     y: float
     note: str = ""
     """Shown when the pointer rests on the point."""
+    low: float | None = None
+    high: float | None = None
+    """Ends of its interval, drawn as a bar."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,9 @@ def _draw_line(drawing: Drawing, frame: _Frame, line: Line) -> None:
         if path:
             drawing.add("path", d=path, class_=f"{line.tone} line {line.style}".rstrip())
         for point, (x, y) in zip(run, places, strict=True) if line.dots or len(run) == 1 else ():
+            if point.low is not None and point.high is not None and frame.y.has(point.low) and frame.y.has(point.high):
+                ends = sorted(min(max(frame.down(end), frame.top), frame.bottom) for end in (point.low, point.high))
+                drawing.add("line", x1=x, x2=x, y1=ends[0], y2=ends[1], class_=f"{line.tone} bar")
             if frame.top <= y <= frame.bottom:
                 radius = 4 if line.style == "strong" else 3
                 drawing.add("circle", note=point.note, cx=x, cy=y, r=radius, class_=f"{line.tone} dot")

@@ -1,13 +1,12 @@
 """What the measurements say, in sentences made from the numbers and from nothing else."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from longlora.report import wording
 from longlora.report.axes import drawable
-from longlora.report.reading import Measured, PerplexityOf, Recorded
-
-SAME = 0.005
-"""Perplexities that differ by less than this share are called equal."""
+from longlora.report.changes import change, direction, interval, said
+from longlora.report.reading import Recorded
+from longlora.results import Measured, Perplexities
 
 METHODS = {
     "yarn": "YaRN",
@@ -38,6 +37,8 @@ class Finding:
     headline: str
     conclusions: list[str]
     good: bool | None = None
+    decisive: list[tuple[str, str]] = field(default_factory=list)
+    """What a person decides by: a name and a figure each."""
 
 
 def finding(run: Recorded) -> Finding:
@@ -63,15 +64,55 @@ def finding(run: Recorded) -> Finding:
     elif beyond:
         said += f"; the base model has {_value(beyond)} there"
     conclusions, good = _judge(far, home if home and home.context < far.context else None, beyond)
-    untrained, worse = _untrained(run, far)
-    conclusions += untrained
-    good = None if good and worse else good
+    stretched = _stretched(run, far)
+    if stretched:
+        untrained, worse = _untrained(*stretched, far)
+        conclusions.append(untrained)
+        good = None if good and worse else good
     conclusions += _at_home(trained, home, far)
     if run.context and far.context < run.context:
         conclusions.append(
             f"The model was trained for {wording.whole(run.context)} tokens; nothing was measured beyond {where}."
         )
-    return Finding(said + ".", conclusions, good)
+    return Finding(said + ".", conclusions, good, _decisive(run, trained, far, home, beyond, stretched))
+
+
+def _decisive(
+    run: Recorded,
+    trained: Perplexities,
+    far: Measured,
+    home: Measured | None,
+    beyond: Measured | None,
+    stretched: tuple[Measured, str] | None,
+) -> list[tuple[str, str]]:
+    """Gain at the new length, loss at the old, and the cost."""
+    there = f"at {wording.whole(far.context)} tokens"
+    pairs = [
+        (f"gain {there} over positions stretched alone", far, stretched[0] if stretched else None),
+        (f"gain {there} over the base model", far, beyond),
+        (f"gain {there} over the base model in its own window", far, home),
+        ("loss in the old window", trained.at(home.context) if home else None, home),
+    ]
+    found = []
+    for name, one, other in pairs:
+        if one and other and one is not other:
+            difference = change(one, other)
+            told = "other text: not to be compared" if drawable(other.perplexity) else f"from {_value(other)}"
+            if difference:
+                told = _as_gain(difference.value) + (
+                    interval(difference) or "; no interval: one document, or an old file"
+                )
+            found.append((name.replace("loss", "change") if name.startswith("loss") else name, told))
+    cost = [
+        f"{wording.duration(seconds)}" if (seconds := run.number("training", "seconds")) else "",
+        f"{wording.whole(tokens)} tokens" if (tokens := run.whole("training", "tokens")) else "",
+        f"{wording.memory(size)} of memory" if (size := run.whole("training", "memory_bytes")) else "",
+    ]
+    return found + ([("cost", ", ".join(filter(None, cost)))] if any(cost) else [])
+
+
+def _as_gain(share: float) -> str:
+    return f"perplexity {wording.change(share)} {'higher' if share > 0 else 'lower'}"
 
 
 def what_was_done(run: Recorded) -> list[str]:
@@ -88,7 +129,7 @@ def _value(result: Measured) -> str:
     return wording.perplexity(result.perplexity)
 
 
-def _home(run: Recorded, base: PerplexityOf | None) -> Measured | None:
+def _home(run: Recorded, base: Perplexities | None) -> Measured | None:
     """The base model at its original window, or at the longest context measured inside it."""
     original = run.whole("positions", "original_context")
     inside = [result for result in base.results if original and result.context <= original] if base else []
@@ -97,56 +138,52 @@ def _home(run: Recorded, base: PerplexityOf | None) -> Measured | None:
 
 def _judge(far: Measured, home: Measured | None, beyond: Measured | None) -> tuple[list[str], bool | None]:
     """Against the base model: at the same length it must win, against its own window it is worth saying by how much."""
-    if beyond is not None and not _below(far, beyond):
+    against = change(far, beyond) if beyond else None
+    if against and direction(against) >= 0:
         where = f"{wording.whole(far.context)} tokens"
         return [f"This run did not help: at {where} the base model, not trained for that, is as good or better."], False
-    if home is None:
+    found = change(far, home) if home else None
+    if home is None or found is None:
         return [], True if beyond else None
-    share = far.perplexity / home.perplexity - 1
-    if share < -SAME:
+    there = f"the base model’s at {wording.whole(home.context)}"
+    if direction(found) < 0:
+        return [f"The longer window helps: perplexity is {said(found)} than {there}."], True
+    if direction(found) == 0:
         return [
-            f"The longer window helps: perplexity is {wording.change(share)} lower than the base model’s at "
-            f"{wording.whole(home.context)}."
-        ], True
-    if share <= SAME:
-        return [
-            "The model reads the longer window without loss but does not gain from it: perplexity is the base "
-            f"model’s at {wording.whole(home.context)}."
+            "The model reads the longer window without loss but does not gain from it: perplexity is "
+            f"{there}{interval(found)}."
         ], None
-    return [
-        f"The model does not gain from the longer window: perplexity is {wording.change(share)} higher than the base "
-        f"model’s at {wording.whole(home.context)}."
-    ], False
+    return [f"The model does not gain from the longer window: perplexity is {said(found)} than {there}."], False
 
 
-def _below(one: Measured, other: Measured) -> bool:
-    """Infinite and undefined perplexities are above every number."""
-    return not drawable(other.perplexity) or one.perplexity < other.perplexity * (1 - SAME)
-
-
-def _untrained(run: Recorded, far: Measured) -> tuple[list[str], bool]:
-    """Training against the best of the models whose positions were stretched alone; and whether it was not better."""
+def _stretched(run: Recorded, far: Measured) -> tuple[Measured, str] | None:
+    """The best of the models whose positions were stretched alone, and its name."""
     others = [
         (result, each.label)
         for each in run.perplexities
         if each.name.startswith("untrained") and (result := each.at(far.context)) and drawable(result.perplexity)
     ]
-    if not others:
-        return [], False
-    best, label = min(others, key=lambda other: other[0].perplexity)
-    share = far.perplexity / best.perplexity - 1
-    verdict = "made no difference" if abs(share) <= SAME else "made it worse" if share > 0 else ""
-    verdict = verdict or f"brings it down by {wording.change(share)}"
-    said = f"Stretching the positions without training gives {_value(best)} there ({label}); training {verdict}."
-    return [said], share > -SAME
+    return min(others, key=lambda other: other[0].perplexity, default=None)
 
 
-def _at_home(trained: PerplexityOf, home: Measured | None, far: Measured) -> list[str]:
+def _untrained(best: Measured, label: str, far: Measured) -> tuple[str, bool]:
+    """Training against stretching alone; and whether it was not better."""
+    start = f"Stretching the positions without training gives {_value(best)} there ({label})"
+    found = change(far, best)
+    if found is None:
+        return f"{start}, on other text.", False
+    verdict = ("brings it down by", "made no difference", "made it worse")[direction(found) + 1]
+    size = f" {wording.change(found.value)}{interval(found)}" if direction(found) < 0 else ""
+    return f"{start}; training {verdict}{size}.", direction(found) >= 0
+
+
+def _at_home(trained: Perplexities, home: Measured | None, far: Measured) -> list[str]:
     now = trained.at(home.context) if home else None
-    if home is None or now is None or home.context == far.context or not drawable(now.perplexity):
+    found = change(now, home) if now and home and home.context != far.context else None
+    if home is None or now is None or found is None:
         return []
-    share = now.perplexity / home.perplexity - 1
-    how = "hardly changed" if abs(share) <= SAME else f"{'rose' if share > 0 else 'fell'} by {wording.change(share)}"
+    how = ("fell", "hardly changed", "rose")[direction(found) + 1]
+    how += f" by {wording.change(found.value)}{interval(found)}" if direction(found) else ""
     return [
         f"At the old window of {wording.whole(home.context)} tokens perplexity {how}, "
         f"from {_value(home)} to {_value(now)}."

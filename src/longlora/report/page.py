@@ -12,8 +12,8 @@ from longlora.report import wording
 from longlora.report.answers_section import answers_finding
 from longlora.report.findings import finding, what_was_done
 from longlora.report.reading import read_run
-from longlora.report.reading_results import read_results
 from longlora.report.sections import SECTIONS
+from longlora.report.table_files import with_files
 from longlora.run_directory import RunDirectory, write_whole
 
 _NOT_HTML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
@@ -58,7 +58,7 @@ def render(run: str | Path) -> str:
         done=what_was_done(recorded),
         sections={name: content for name, content in contents.items() if not isinstance(content, str)},
         left_out=[content for content in contents.values() if isinstance(content, str)],
-        unreadable=[*recorded.unreadable, *read_results(recorded.path / "evaluation", "").unreadable],
+        unreadable=[*recorded.unreadable, *recorded.evaluated.unreadable],
         model=str(recorded.settings.get("model") or "a model"),
         context=recorded.context,
     )
@@ -66,7 +66,7 @@ def render(run: str | Path) -> str:
 
 def fill(template: str, *folders: Path, **values: Any) -> str:
     """The HTML of a template of this room, or of `folders`, which may use the templates of this room."""
-    html = _templates(*folders).get_template(template).render(**values)
+    html = with_files(_templates(*folders).get_template(template).render(**values))
     return _NOT_HTML.sub("\N{REPLACEMENT CHARACTER}", html)
 
 

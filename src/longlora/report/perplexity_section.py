@@ -6,8 +6,11 @@ from typing import Any
 
 from longlora.report import wording
 from longlora.report.axes import LOGARITHMIC_FROM, Axis, context_axis, drawable, linear_axis, measured_axis
+from longlora.report.changes import same_text
 from longlora.report.charts import LINE_HEIGHT, WIDTHS, Line, Point, at_both_widths, line_chart
-from longlora.report.reading import Content, Measured, PerplexityOf, Recorded
+from longlora.report.reading import Content, Recorded
+from longlora.report.ways import joined
+from longlora.results import Measured, Perplexities
 
 Mark = tuple[float, str]
 """A context and what it is: a vertical line in the chart."""
@@ -27,7 +30,7 @@ def perplexity(run: Recorded) -> Content:
 
 
 def drawn(
-    measured: Sequence[PerplexityOf], tones: Mapping[str, str], strong: Collection[str], marks: Sequence[Mark]
+    measured: Sequence[Perplexities], tones: Mapping[str, str], strong: Collection[str], marks: Sequence[Mark]
 ) -> dict[str, Any]:
     """What the templates' macro `measured` draws: charts and a table.
 
@@ -44,8 +47,10 @@ def drawn(
     ]
     best = []
     for context in contexts:
-        values = [result.perplexity for each in measured if (result := each.at(context))]
-        best.append(min((value for value in values if math.isfinite(value)), default=None) if len(values) > 1 else None)
+        found = [result for each in measured if (result := each.at(context))]
+        values = [result.perplexity for result in found if math.isfinite(result.perplexity)]
+        alike = len(found) > 1 and all(same_text(found[0], result) for result in found)
+        best.append(min(values, default=None) if alike else None)
     undrawn = [
         f"{each.label} at {wording.whole(result.context)} tokens"
         for each in measured
@@ -58,15 +63,16 @@ def drawn(
         "rows": table,
         "best": best,
         "undrawn": undrawn,
-        "methods": sorted({(each.data, each.stride or 0, each.score) for each in measured}),
+        "methods": sorted({(joined(each.data), _strides(each), each.score) for each in measured}),
         "documents": [_common(measured, context, "documents") for context in contexts],
         "tokens": [_common(measured, context, "tokens") for context in contexts],
         "comparable": _comparable(measured, contexts),
-        "same_text": all(len({r.documents for r in each.results} | {None}) <= 2 for each in measured),
+        "same_text": all(len(_joined(each.results)) <= 1 for each in measured),
+        "intervals": any(result.low is not None for each in measured for result in each.results),
     }
 
 
-def _tones(measured: Sequence[PerplexityOf]) -> dict[str, str]:
+def _tones(measured: Sequence[Perplexities]) -> dict[str, str]:
     """The trained model in the page's own colour, the base model in grey, the others in turn, then dashed."""
     fixed = {"trained": "tone-0", "base": "tone-1"}
     others = [each.name for each in measured if each.name not in fixed]
@@ -78,7 +84,7 @@ def _tones(measured: Sequence[PerplexityOf]) -> dict[str, str]:
 
 
 def _charts(
-    measured: Sequence[PerplexityOf], tones: Mapping[str, str], strong: Collection[str], marks: Sequence[Mark]
+    measured: Sequence[Perplexities], tones: Mapping[str, str], strong: Collection[str], marks: Sequence[Mark]
 ) -> list[dict[str, str]]:
     """All lines at once; and where one of them dwarfs the rest, a close-up of those around the strong ones."""
     values = [r.perplexity for each in measured for r in each.results if drawable(r.perplexity)]
@@ -105,7 +111,7 @@ def _near(own: Sequence[float], values: Sequence[float]) -> list[float]:
 
 
 def _chart(
-    measured: Sequence[PerplexityOf],
+    measured: Sequence[Perplexities],
     tones: Mapping[str, str],
     strong: Collection[str],
     marks: Sequence[Mark],
@@ -120,8 +126,11 @@ def _chart(
         for each in measured
     )
 
-    def line(each: PerplexityOf, width: int) -> Line:
-        runs = [[Point(r.context, r.perplexity, _note(each, r)) for r in part] for part in _unbroken(each.results)]
+    def line(each: Perplexities, width: int) -> Line:
+        runs = [
+            [Point(r.context, r.perplexity, _note(each, r), r.low, r.high) for r in part]
+            for part in _unbroken(each.results)
+        ]
         value = wording.perplexity(runs[-1][-1].y) if runs else ""
         label = f"{value} {each.label}" if width > WIDTHS["narrow"] else value
         return Line(tones[each.name], runs, label, style="strong" if each.name in strong else "", dots=True)
@@ -134,8 +143,9 @@ def _chart(
     return at_both_widths(draw)
 
 
-def _note(each: PerplexityOf, result: Measured) -> str:
-    return f"{each.label}, {wording.whole(result.context)} tokens: {_value(result)}"
+def _note(each: Perplexities, result: Measured) -> str:
+    spread = "" if result.low is None or result.high is None else f" ({result.low:.4g} to {result.high:.4g})"
+    return f"{each.label}, {wording.whole(result.context)} tokens: {_value(result)}{spread}"
 
 
 def _windows(run: Recorded) -> list[Mark]:
@@ -145,21 +155,43 @@ def _windows(run: Recorded) -> list[Mark]:
 
 
 def _unbroken(results: Sequence[Measured]) -> list[list[Measured]]:
-    """Runs of neighbours that can be drawn; a value that cannot breaks the line."""
-    runs: list[list[Measured]] = [[]]
-    for result in results:
-        if drawable(result.perplexity):
-            runs[-1].append(result)
-        elif runs[-1]:
-            runs.append([])
+    """Runs of neighbours that a line may join: all of one text, and each with a place in the chart."""
+    runs: list[list[Measured]] = []
+    for text in _joined(results):
+        runs.append([])
+        for result in text:
+            if drawable(result.perplexity):
+                runs[-1].append(result)
+            elif runs[-1]:
+                runs.append([])
     return [run for run in runs if run]
+
+
+def _joined(results: Sequence[Measured]) -> list[list[Measured]]:
+    """Runs of neighbours that were measured on the same text."""
+    runs: list[list[Measured]] = []
+    for result in results:
+        if runs and same_text(runs[-1][-1], result):
+            runs[-1].append(result)
+        else:
+            runs.append([result])
+    return runs
+
+
+def _strides(each: Perplexities) -> str:
+    """Tokens that windows slide by: one number, or one a context."""
+    known = {result.stride or each.stride for result in each.results} - {None}
+    if len(known) == 1:
+        return f"{wording.whole(known.pop() or 0)} tokens"
+    own = [f"{wording.whole(r.stride)} at {wording.whole(r.context)}" for r in each.results if r.stride]
+    return wording.listed(own)
 
 
 def _value(result: Measured) -> str:
     return wording.perplexity(result.perplexity)
 
 
-def _common(measured: Sequence[PerplexityOf], context: int, field: str) -> str:
+def _common(measured: Sequence[Perplexities], context: int, field: str) -> str:
     """Documents or tokens at a context: one number where the models agree, else the least and the most."""
     counts = {getattr(r, field) for each in measured if (r := each.at(context))} - {None}
     if not counts:
@@ -168,8 +200,10 @@ def _common(measured: Sequence[PerplexityOf], context: int, field: str) -> str:
     return wording.whole(least) if least == most else f"{wording.whole(least)}–{wording.whole(most)}"
 
 
-def _comparable(measured: Sequence[PerplexityOf], contexts: Sequence[int]) -> bool:
+def _comparable(measured: Sequence[Perplexities], contexts: Sequence[int]) -> bool:
     """Whether the rows were measured in the same way on the same amount of the same text."""
     ways = {(each.data, each.stride, each.score) for each in measured}
-    amounts = [{r.tokens for each in measured if (r := each.at(c)) and r.tokens} for c in contexts]
-    return len(ways) == 1 and all(len(amount) <= 1 for amount in amounts)
+    found = [[r for each in measured if (r := each.at(context))] for context in contexts]
+    amounts = [{r.tokens for r in results if r.tokens} for results in found]
+    texts = all(same_text(results[0], r) for results in found for r in results)
+    return len(ways) == 1 and texts and all(len(amount) <= 1 for amount in amounts)

@@ -1,83 +1,52 @@
-"""What a run directory holds, read with care: any piece may be missing, of an older shape, or no number."""
+"""What a run directory and a folder of results hold, read with care: any piece may be missing or of an older shape."""
 
 import json
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
+from longlora.results import (
+    KINDS,
+    MEASURES,
+    RETRIEVALS,
+    Answers,
+    Document,
+    LongPPL,
+    Perplexities,
+    Retrieval,
+    Ruler,
+    Short,
+    number,
+    read,
+    whole,
+)
 from longlora.run_directory import RunDirectory
 
 Content = dict[str, Any] | str
 """What a section's template draws, or the sentence that says why the section is left out."""
 
-_MOST = 10**18
-"""No count of tokens, documents or parameters is larger."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Perplexity at one context; `tokens` were scored in `documents` documents."""
-
-    context: int
-    perplexity: float
-    tokens: int | None = None
-    documents: int | None = None
-    stride: int | None = None
-    """Tokens that windows slide by, where each context has its own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PerplexityOf:
-    """A `perplexity-NAME.json` or `perplexity.json`: a model at several contexts, shortest first."""
-
-    name: str
-    label: str
-    data: str
-    stride: int | None
-    score: str
-    results: tuple[Measured, ...]
-    fingerprint: str = ""
-    """Of the text's tokens; empty where the file has none."""
-    max_documents: int | None = None
-    """Most documents that were to be read."""
-    min_document_tokens: int | None = None
-    """Length below which documents were left out at every context."""
-
-    def at(self, context: int | None) -> Measured | None:
-        return next((result for result in self.results if result.context == context), None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnswersOf:
-    """One `evaluation/answers-NAME.json`: a model's loss on held-out answers."""
-
-    name: str
-    label: str
-    data: str
-    nll: float
-    """Nats a token."""
-    tokens: int | None
-    examples: int | None
+Read = TypeVar("Read", Perplexities, Answers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """Everything the page is made from."""
+    """Everything the page of a run is made from."""
 
     path: Path
     settings: dict[str, Any]
     metrics: list[dict[str, Any]]
-    perplexities: list[PerplexityOf]
-    answers: list[AnswersOf]
+    perplexities: list[Perplexities]
+    answers: list[Answers]
     summary: dict[str, Any]
     costs: dict[str, Any]
     config: dict[str, Any]
     """config.json of the result, with the extended positions."""
     adapter: dict[str, Any]
     """adapter_config.json of the result; empty after full training."""
+    evaluated: "Evaluated"
+    """What `longlora eval` left in the run."""
     unreadable: list[str] = field(default_factory=list)
     """Files that are there but are no JSON objects."""
 
@@ -104,9 +73,59 @@ class Recorded:
         """Whether the run is one of `longlora sft`."""
         return self.settings.get("command") == "sft"
 
-    def measured(self, name: str) -> PerplexityOf | None:
+    def measured(self, name: str) -> Perplexities | None:
         """The perplexity file of that name, if it holds any result."""
         return next((each for each in self.perplexities if each.name == name and each.results), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """One model's results, by measure; each document has results."""
+
+    name: str
+    folder: Path
+    documents: Mapping[str, Document] = field(default_factory=dict)
+    unreadable: tuple[str, ...] = ()
+    is_baseline: bool = False
+
+    def _first(self, name: str) -> Any:
+        return next((found for document in self.documents.values() if (found := getattr(document, name))), None)
+
+    @property
+    def model(self) -> str | None:
+        """MODEL as the evaluations were given it."""
+        return self._first("model")
+
+    @property
+    def label(self) -> str | None:
+        """What they call it, with how its positions were stretched."""
+        return self._first("label")
+
+    @property
+    def options(self) -> str:
+        """Those that stretch it."""
+        context, method = self._first("extend_to"), self._first("method")
+        return f"--extend-to {context} --method {method}" if context and method else ""
+
+    @property
+    def perplexity(self) -> Perplexities | None:
+        return cast(Perplexities | None, self.documents.get("perplexity"))
+
+    @property
+    def retrievals(self) -> dict[str, Retrieval]:
+        return {task: cast(Retrieval, self.documents[task]) for task in RETRIEVALS if task in self.documents}
+
+    @property
+    def ruler(self) -> Ruler | None:
+        return cast(Ruler | None, self.documents.get("ruler"))
+
+    @property
+    def short(self) -> Short | None:
+        return cast(Short | None, self.documents.get("short"))
+
+    @property
+    def longppl(self) -> LongPPL | None:
+        return cast(LongPPL | None, self.documents.get("longppl"))
 
 
 def read_run(folder: str | Path) -> Recorded:
@@ -120,40 +139,73 @@ def read_run(folder: str | Path) -> Recorded:
     unreadable: list[str] = []
 
     def evaluation(name: str) -> dict[str, Any]:
-        return _object(lambda: run.read_evaluation(name), f"evaluation/{name}.json", unreadable)
+        return read_object(run.evaluation / f"{name}.json", f"evaluation/{name}.json", unreadable)
 
     def beside_weights(name: str) -> dict[str, Any]:
         for path in (run.adapter / name, run.model / name):
             if path.is_file():
-                return _object(partial(_json, path), str(path.relative_to(run.path)), unreadable)
+                return read_object(path, str(path.relative_to(run.path)), unreadable)
         return {}
+
+    def every(kind: type[Read]) -> list[Read]:
+        prefix = {Perplexities: "perplexity-", Answers: "answers-"}[kind]
+        names = sorted(path.stem for path in run.evaluation.glob(f"{prefix}*.json"))
+        found = [(name.removeprefix(prefix), read(kind, evaluation(name) or None)) for name in names]
+        return sorted((_named(name, document) for name, document in found if document), key=_order)
 
     try:
         metrics = [record for record in run.read_metrics() if isinstance(record, dict)]
     except (OSError, ValueError, RecursionError):
         metrics = []
         unreadable.append(run.metrics_file.name)
-
-    def every(kind: str, read: Callable[[str, dict[str, Any]], Any]) -> list[Any]:
-        found = [
-            (document, read(name.removeprefix(kind), document))
-            for name in sorted(path.stem for path in run.evaluation.glob(f"{kind}*.json"))
-            if (document := evaluation(name))
-        ]
-        return [one for _, one in sorted(found, key=_order) if one is not None]
-
     return Recorded(
         path=run.path,
         settings=settings,
         metrics=metrics,
-        perplexities=every("perplexity-", perplexity_of),
-        answers=every("answers-", _answers),
+        perplexities=every(Perplexities),
+        answers=every(Answers),
         summary=evaluation("summary"),
         costs=evaluation("costs"),
         config=beside_weights("config.json"),
         adapter=beside_weights("adapter_config.json"),
+        evaluated=read_results(run.evaluation, run.path.resolve().name),
         unreadable=unreadable,
     )
+
+
+def is_results_folder(folder: Path) -> bool:
+    """Whether an evaluation left its results in `folder`."""
+    return any((folder / f"{measure}.json").is_file() for measure in MEASURES)
+
+
+def read_results(folder: Path, name: str, *, is_baseline: bool = False) -> Evaluated:
+    """Every result in `folder`, of the model that the page calls `name`."""
+    unreadable: list[str] = []
+    documents: dict[str, Document] = {}
+    for measure, kind in KINDS.items():
+        file = folder / f"{measure}.json"
+        value = read_object(file, f"{file.parent.name}/{file.name}", unreadable)
+        document: Any = read(kind, value)
+        if document is not None:
+            if isinstance(document, Perplexities):
+                document = _named("measured", document)
+            elif isinstance(document, Retrieval):
+                known = tuple(cell for cell in document.results if measure == "passkey" or cell.number)
+                document = replace(document, task=measure, results=known)
+            if document.results or getattr(document, "tasks", ()):
+                documents[measure] = document
+    return Evaluated(
+        name=name, folder=folder, documents=documents, unreadable=tuple(unreadable), is_baseline=is_baseline
+    )
+
+
+def baseline_of_run(run: Path) -> Evaluated | None:
+    """What `longlora eval … --baseline MODEL` left inside the run directory `run`, of a MODEL that is no run itself."""
+    folder = run / "evaluation" / "baseline"
+    if not is_results_folder(folder):
+        return None
+    found = read_results(folder, "", is_baseline=True)
+    return replace(found, name=f"{found.model or 'the baseline'} (baseline)")
 
 
 def at(document: Any, *keys: str) -> Any:
@@ -163,101 +215,42 @@ def at(document: Any, *keys: str) -> Any:
     return document
 
 
-def number(value: Any) -> float | None:
-    """`value` as a finite float, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
-
-
-def whole(value: Any) -> int | None:
-    """`value` as a whole number from 1 to `_MOST`, or None."""
-    found = number(value)
-    return int(found) if found is not None and 1 <= found <= _MOST else None
-
-
 def rows(value: Any) -> Iterator[dict[str, Any]]:
     """The tables in a list, whatever else may be in it."""
     yield from (row for row in (value if isinstance(value, list) else []) if isinstance(row, dict))
 
 
 def read_object(path: Path, name: str, unreadable: list[str]) -> dict[str, Any]:
-    """The table in the JSON file `path`; where it holds none, `name` is noted as unreadable."""
-    return _object(partial(_json, path), name, unreadable)
+    """The table in the JSON file `path`; where it is there and holds none, `name` is noted as unreadable."""
+    return _object(partial(_json, path), name, unreadable) if path.exists() else {}
 
 
 def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _object(read: Callable[[], Any], name: str, unreadable: list[str]) -> dict[str, Any]:
-    """What `read` gives if it is a table; a file that is there and holds none is noted."""
+def _object(parse: Callable[[], Any], name: str, unreadable: list[str]) -> dict[str, Any]:
     try:
-        document = read()
+        document = parse()
     except (OSError, ValueError, RecursionError):
-        document = ()
+        document = None
     if isinstance(document, dict):
         return document
-    if document is not None:
-        unreadable.append(name)
+    unreadable.append(name)
     return {}
 
 
-def perplexity_of(name: str, document: dict[str, Any]) -> PerplexityOf:
-    """The results document of a perplexity; `results` is empty where it has none."""
-    results = {}
-    for row in rows(document.get("results")):
-        context = whole(row.get("context"))
-        if context:
-            results[context] = Measured(
-                context=context,
-                perplexity=_perhaps_infinite(row.get("perplexity")),
-                tokens=whole(row.get("tokens")),
-                documents=whole(row.get("documents")),
-                stride=whole(row.get("stride")),
-            )
-    return PerplexityOf(
-        name=name,
-        label=str(document.get("label") or document.get("model") or name),
-        data=str(document.get("data") or ""),
-        stride=whole(document.get("stride")),
-        score=str(document.get("score") or ""),
-        results=tuple(results[context] for context in sorted(results)),
-        fingerprint=str(document.get("data_fingerprint") or ""),
-        max_documents=whole(document.get("max_documents")),
-        min_document_tokens=whole(document.get("min_document_tokens")),
-    )
+def _named(name: str, document: Read) -> Read:
+    """The document with its name and a label; of perplexities one result a context, shortest first."""
+    named: Any = replace(document, name=name, label=document.label or document.model or name)
+    if isinstance(named, Perplexities):
+        by_context = {result.context: result for result in named.results}
+        named = replace(named, results=tuple(by_context[context] for context in sorted(by_context)))
+    return cast(Read, named)
 
 
-def _answers(name: str, document: dict[str, Any]) -> AnswersOf | None:
-    nll = number(document.get("nll"))
-    if nll is None:
-        return None
-    return AnswersOf(
-        name=name,
-        label=str(document.get("label") or name),
-        data=str(document.get("data") or ""),
-        nll=nll,
-        tokens=whole(document.get("tokens")),
-        examples=whole(document.get("examples")),
-    )
-
-
-def _perhaps_infinite(value: Any) -> float:
-    """A perplexity, which may be infinite; NaN for what is no number."""
-    if isinstance(value, float) and math.isinf(value):
-        return value
-    found = number(value)
-    return math.nan if found is None else found
-
-
-def _order(found: tuple[dict[str, Any], PerplexityOf | AnswersOf | None]) -> tuple[float, str]:
+def _order(document: Document) -> tuple[float, str]:
     """The place a file asks for; else the base model first and the trained one last."""
-    document, measured = found
-    name = measured.name if measured else ""
-    asked = number(document.get("order"))
+    name = str(getattr(document, "name", ""))
     usual = {"base": 0.0, "trained": 2.0}.get(name, 1.0)
-    return (usual if asked is None else asked, name)
+    return (usual if document.order is None else document.order, name)

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+from longlora.evaluation.statistics import Estimate, share
 from longlora.report import wording
 from longlora.report.charts import WIDTHS
 from longlora.report.heat_map import heat_map, scale
-from longlora.report.reading import Content
-from longlora.report.results import RETRIEVALS, Answered, Evaluated, Retrieval
-from longlora.report.ways import alike, difference, in_words
+from longlora.report.reading import Content, Evaluated
+from longlora.report.ways import alike, difference, in_words, way_of
+from longlora.results import RETRIEVALS, Answered, Retrieval
 
 TITLES = {
     "passkey": "Pass keys found",
@@ -34,7 +35,7 @@ def retrieval(models: Sequence[Evaluated]) -> Content | None:
     for task in RETRIEVALS:
         asked = [(model, model.retrievals[task]) for model in models if task in model.retrievals]
         if asked:
-            groups = alike(asked, lambda each: each[1].way)
+            groups = alike(asked, lambda each: way_of(each[1]))
             tasks.append(
                 {
                     "title": TITLES[task],
@@ -45,23 +46,26 @@ def retrieval(models: Sequence[Evaluated]) -> Content | None:
     return {"tasks": tasks, "scale": scale(WIDTHS["narrow"])} if tasks else None
 
 
-def found_at(retrieval: Retrieval, context: int) -> float | None:
-    """Share found over all prompts of `context`; None where none was asked."""
-    return _mean([cell for cell in retrieval.cells if cell.context == context])
+def found_at(retrieval: Retrieval, context: int) -> Estimate | None:
+    """Share found over all prompts of `context`, with Wilson's interval; None where none was asked."""
+    cells = [cell for cell in retrieval.results if cell.context == context]
+    trials = sum(cell.trials for cell in cells)
+    return share(sum((cell.accuracy or 0) * cell.trials for cell in cells) / trials, trials) if trials else None
 
 
 def _group(task: str, group: Sequence[Asked], first: Sequence[Asked]) -> dict[str, Any]:
     draw = _by_depth if task == "passkey" else _by_number
-    way, usual = group[0][1].way, first[0][1].way
+    way, usual = way_of(group[0][1]), way_of(first[0][1])
     return {
         "panels": draw(task, group),
+        "totals": _totals(task, group),
         "way": in_words(way),
         "lengths": _lengths(task, group),
         "apart": difference(way, usual) if group is not first else "",
         "skipped": [
             f"{model.name}: {count:,} of {_asked(found) + count:,} prompts do not fit with their answers"
             for model, found in group
-            if (count := sum(cell.skipped for cell in found.cells))
+            if (count := sum(cell.skipped for cell in found.results))
         ],
         "seconds": wording.listed(
             [f"{wording.duration(found.seconds)} for {model.name}" for model, found in group if found.seconds]
@@ -69,27 +73,52 @@ def _group(task: str, group: Sequence[Asked], first: Sequence[Asked]) -> dict[st
     }
 
 
+def in_percent(found: Estimate) -> str:
+    """
+    >>> in_percent(share(0.8, 15))
+    '80% (55 to 93)'
+    """
+    ends = "" if found.low is None or found.high is None else f" ({100 * found.low:.0f} to {100 * found.high:.0f})"
+    return wording.percent(found.value) + ends
+
+
+def _totals(task: str, group: Sequence[Asked]) -> dict[str, Any]:
+    """For each model the share found at each length over all depths, with its interval."""
+    if task == "passkey":
+        columns = sorted({cell.context for _, found in group for cell in found.results})
+        rows = [(model.name, [found_at(found, context) for context in columns]) for model, found in group]
+        return {"heading": "context, tokens", "columns": columns, "rows": rows}
+    columns = sorted({cell.number for _, found in group for cell in found.results if cell.number})
+    by_number = [(model.name, {cell.number: cell for cell in found.results}) for model, found in group]
+    rows = [(name, [_estimate(cells.get(number)) for number in columns]) for name, cells in by_number]
+    return {"heading": OF[task], "columns": columns, "rows": rows}
+
+
+def _estimate(cell: Answered | None) -> Estimate | None:
+    return None if cell is None or cell.accuracy is None else share(cell.accuracy, cell.trials)
+
+
 def _asked(found: Retrieval) -> int:
-    return sum(cell.trials for cell in found.cells)
+    return sum(cell.trials for cell in found.results)
 
 
 def _by_depth(task: str, group: Sequence[Asked]) -> list[dict[str, str]]:
     """A picture a model: contexts across, depths down, the same for all."""
-    contexts = sorted({cell.context for _, found in group for cell in found.cells})
-    depths = sorted({cell.row for _, found in group for cell in found.cells if cell.row is not None})
+    contexts = sorted({cell.context for _, found in group for cell in found.results})
+    depths = sorted({cell.depth for _, found in group for cell in found.results if cell.depth is not None})
     panels = []
     for model, found in group:
-        cells = {(cell.context, cell.row): cell for cell in found.cells}
+        cells = {(cell.context, cell.depth): cell for cell in found.results}
         rows: list[tuple[str, list[float | str | None]]] = [
             (f"{depth:.0%}", [_shade(cells.get((context, depth))) for context in contexts]) for depth in depths
         ]
-        if any(cell.row is None for cell in found.cells):
+        if any(cell.depth is None for cell in found.results):
             rows.append(("any", [_shade(cells.get((context, None))) for context in contexts]))
         means = [found_at(found, context) for context in contexts]
         if len(depths) > 1:
-            rows.append(("all", list(means)))
+            rows.append(("all", [mean and mean.value for mean in means]))
         said = ", ".join(
-            f"{wording.percent(mean)} at {context:,}"
+            f"{in_percent(mean)} at {context:,}"
             for context, mean in zip(contexts, means, strict=True)
             if mean is not None
         )
@@ -111,11 +140,11 @@ def _by_depth(task: str, group: Sequence[Asked]) -> list[dict[str, str]]:
 
 def _by_number(task: str, group: Sequence[Asked]) -> list[dict[str, str]]:
     """One picture: the number of topics or lines across, a row a model."""
-    numbers = sorted({cell.number for _, found in group for cell in found.cells if cell.number is not None})
+    numbers = sorted({cell.number for _, found in group for cell in found.results if cell.number is not None})
     rows = []
     said = []
     for model, found in group:
-        cells = {cell.number: cell for cell in found.cells}
+        cells = {cell.number: cell for cell in found.results}
         rows.append((model.name, [_shade(cells.get(number)) for number in numbers]))
         shares = [
             f"{wording.percent(cell.accuracy)} of {number:,}"
@@ -139,7 +168,7 @@ def _lengths(task: str, group: Sequence[Asked]) -> str:
     if task == "passkey":
         return ""
     tokens: dict[int, set[int]] = {}
-    for cell in (cell for _, found in group for cell in found.cells if cell.number is not None):
+    for cell in (cell for _, found in group for cell in found.results if cell.number is not None):
         tokens.setdefault(cell.number or 0, set()).add(cell.context)
     said = [
         f"{number:,} {task} take {wording.spread(sorted(lengths))} tokens" for number, lengths in sorted(tokens.items())
@@ -151,8 +180,3 @@ def _shade(cell: Answered | None) -> float | str | None:
     if cell is None:
         return None
     return "does not fit" if cell.accuracy is None and cell.skipped else cell.accuracy
-
-
-def _mean(cells: Sequence[Answered]) -> float | None:
-    trials = sum(cell.trials for cell in cells)
-    return sum((cell.accuracy or 0) * cell.trials for cell in cells) / trials if trials else None

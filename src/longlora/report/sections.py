@@ -13,11 +13,10 @@ from longlora.report import attention_picture, recipe
 from longlora.report.answers_section import answers
 from longlora.report.benchmark_sections import longppl, ruler, short
 from longlora.report.perplexity_section import perplexity as measured_perplexity
-from longlora.report.reading import Content, Recorded, whole
-from longlora.report.reading_results import baseline_of_run, read_results
-from longlora.report.results import Evaluated
+from longlora.report.reading import Content, Evaluated, Recorded, baseline_of_run
 from longlora.report.retrieval_section import retrieval
 from longlora.report.training_section import cost, trainable, training
+from longlora.results import whole
 from longlora.settings import PatternOptions
 
 
@@ -31,8 +30,7 @@ def evaluated(section: Callable[[Sequence[Evaluated]], Content | None]) -> Calla
 
     def of_run(run: Recorded) -> Content | None:
         baseline = baseline_of_run(run.path)
-        own = read_results(run.path / "evaluation", run.path.resolve().name)
-        return section([own] if baseline is None else [baseline, own])
+        return section([run.evaluated] if baseline is None else [baseline, run.evaluated])
 
     return of_run
 

@@ -7,7 +7,8 @@ from typing import Any
 from longlora.report import wording
 from longlora.report.axes import Axis, drawable, linear_axis, measured_axis, step_axis
 from longlora.report.charts import Bar, Bars, Line, Point, Share, at_both_widths, bar_chart, line_chart, share_chart
-from longlora.report.reading import Content, Recorded, at, number, rows, whole
+from longlora.report.reading import Content, Recorded, at, rows
+from longlora.results import number, whole
 
 _PARTS = {"lora": "LoRA", "full": "weights", "norm": "norms", "embed": "embeddings", "bias": "biases"}
 """Groups of parameters and their names here, in the order of the optimiser: metrics.jsonl has the first one's rate."""

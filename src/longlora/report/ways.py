@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from longlora.report.wording import listed
+from longlora.report.wording import listed, spread, whole
+from longlora.results import Document, LongPPL, Retrieval, Ruler, Short
 
 Thing = TypeVar("Thing")
 
@@ -12,6 +13,53 @@ Way = Mapping[str, str]
 
 UNSAID = ("fingerprint",)
 """Parts of a way that tell measurements apart and mean nothing to a reader."""
+
+
+def way_of(document: Document) -> Way:
+    """How the measurement was made, as far as others must have been made so too."""
+    if isinstance(document, Retrieval):
+        counts = [cell.trials + cell.skipped for cell in document.results]
+        way = {"trials a square": spread(counts), **_prompts(document)}
+        if document.task != "passkey":
+            return way | {"cases": joined(document.data) or "not said", "seed": document.seed or "–"}
+        every = document.interval
+        lengths = f"multiples of {every:,} tokens, as the original code estimates them" if every else "–"
+        return way | {"keys": document.keys or "–", "seed": document.seed or "–", "lengths": lengths}
+    if isinstance(document, Ruler):
+        return {
+            "average over": joined(document.average_over) or "no task",
+            "trials a task and length": str(document.trials or "–"),
+            "seed": document.seed or "–",
+            **_prompts(document),
+            "threshold": "–" if document.threshold is None else f"{100 * document.threshold:.1f}%",
+        }
+    text = {"text": joined(document.data) or "–", "fingerprint": document.data_fingerprint or "–"}
+    if isinstance(document, Short):
+        counts = sorted({row.documents for row in document.results})
+        way = {"baseline": document.baseline or "–", "stride": document.stride or "–", "score": document.score or "–"}
+        return text | way | ({"documents": spread(counts)} if counts else {})
+    assert isinstance(document, LongPPL)
+    row, short, stride = document.results[0], document.short_context, document.short_stride
+    return text | {
+        "context": f"{row.context:,} tokens",
+        "short context": f"{short:,} to {short + stride - 1:,} tokens" if short and stride else "–",
+        "key tokens": f"chosen by {document.evaluator}" if document.evaluator else "each model's own",
+        "alpha": document.alpha or "–",
+        "beta": document.beta or "–",
+        "tokens": whole(row.tokens),
+    }
+
+
+def joined(value: str | Sequence[str]) -> str:
+    """The words of a list, or the word itself."""
+    return value if isinstance(value, str) else ", ".join(value)
+
+
+def _prompts(document: Document) -> dict[str, str]:
+    """How prompts were written."""
+    said = "not said" if document.chat is None else "chat template" if document.chat else "plain text"
+    said += " with a system turn" if document.system is not None else ""
+    return {"prompts": said} | ({"BOS": document.bos} if document.bos in ("yes", "no") else {})
 
 
 def alike(things: Sequence[Thing], way: Callable[[Thing], Way]) -> list[list[Thing]]:

@@ -82,8 +82,8 @@ def document_of(table: Table, values: Values, paper: PaperTable | None) -> dict[
         for column in range(len(row.entries)):
             known = values.get((row.key, column))
             seeds = {str(seed): number for seed, number in (known or {}).items()}
-            entry = dict(zip(("mean", "low", "high"), over_seeds(list(known.values())), strict=True)) if known else None
-            entries.append(entry and {**entry, "seeds": seeds})
+            mean, low, high = over_seeds([*seeds.values()]) if seeds else (None, None, None)
+            entries.append({"mean": mean, "low": low, "high": high, "seeds": seeds} if seeds else None)
         of_paper = list(paper.rows.get(row.key, (None,) * len(paper.columns))) if paper else []
         rows.append({"key": row.key, "label": row.label, "entries": entries, "paper": of_paper})
     return {

@@ -11,7 +11,8 @@ from longlora.errors import UserError
 from longlora.report import wording
 from longlora.report.charts import Bar, Bars, at_both_widths, bar_chart
 from longlora.report.comparison.subjects import Subject
-from longlora.report.reading import Recorded, at, number, read_object, whole
+from longlora.report.reading import Recorded, at, read_object
+from longlora.results import number, whole
 from longlora.settings import AttentionSettings, PatternOptions, TrainingSettings
 
 STEPS_COUNTED = 100

@@ -4,15 +4,14 @@ from collections.abc import Sequence
 
 from longlora.report import wording
 from longlora.report.axes import drawable
-from longlora.report.benchmark_sections import effective_length
+from longlora.report.benchmark_sections import effective_length, is_good, named
+from longlora.report.changes import change, direction, interval, said
 from longlora.report.comparison.perplexity_lines import Line, groups, is_of_a_model, is_stretched, lines
 from longlora.report.comparison.subjects import Subject
-from longlora.report.results import Evaluated
-from longlora.report.retrieval_section import found_at
-from longlora.report.ways import alike
-
-SAME = 0.005
-"""Perplexities that differ by less than this share are said to."""
+from longlora.report.reading import Evaluated
+from longlora.report.retrieval_section import found_at, in_percent
+from longlora.report.ways import alike, way_of
+from longlora.results import Measured
 
 
 def headline(subjects: Sequence[Subject]) -> str:
@@ -42,16 +41,19 @@ def _perplexity(subjects: Sequence[Subject]) -> str:
         return ""
     far = max(contexts)
 
+    def result(line: Line) -> Measured:
+        found = line.measured.at(far)
+        assert found is not None
+        return found
+
     def at_far(line: Line) -> float:
-        result = line.measured.at(far)
-        assert result is not None
-        return result.perplexity
+        return result(line).perplexity
 
     def value(line: Line) -> str:
         return f"{wording.perplexity(at_far(line))} for {line.measured.label}"
 
     models.sort(key=at_far)
-    said = f"Perplexity at {far:,} tokens: {wording.listed([value(line) for line in models])}"
+    sentence = f"Perplexity at {far:,} tokens: {wording.listed([value(line) for line in models])}"
     # of what the runs began with, and of that stretched in several ways, the best is the one to beat
     for stretched, what in (
         (False, "for what they were made from"),
@@ -59,10 +61,20 @@ def _perplexity(subjects: Sequence[Subject]) -> str:
     ):
         others = [line for line in group if is_stretched(line) is stretched and line.measured.at(far)]
         if others:
-            said += f"; {wording.perplexity(min(map(at_far, others)))} {what}"
-    if len(models) > 1 and at_far(models[-1]) <= at_far(models[0]) * (1 + SAME):
-        said += f"; the models are less than {SAME:.1%} apart"
-    return said + "."
+            beaten = min(others, key=at_far)
+            sentence += f"; {wording.perplexity(at_far(beaten))} {what}"
+            found = change(result(models[0]), result(beaten))
+            if found and found.low is not None:
+                sentence += f", than which {models[0].measured.label} is {said(found)}"
+    if len(models) > 1:
+        best, second = models[:2]
+        found = change(result(second), result(best))
+        if found and found.low is None:
+            sentence += ". No file has an interval: small differences are not judged" if direction(found) == 0 else ""
+        elif found:
+            shown = "above" if direction(found) else "not shown to differ from"
+            sentence += f". {second.measured.label} is {shown} {best.measured.label}{interval(found)}"
+    return sentence + "."
 
 
 def _drawable(line: Line) -> bool:
@@ -73,35 +85,35 @@ def _passkey(models: Sequence[Evaluated]) -> str:
     asked = [(model, model.retrievals["passkey"]) for model in models if "passkey" in model.retrievals]
     if not asked:
         return ""
-    group = alike(asked, lambda each: each[1].way)[0]
-    contexts = set.intersection(*({cell.context for cell in found.cells} for _, found in group))
+    group = alike(asked, lambda each: way_of(each[1]))[0]
+    contexts = set.intersection(*({cell.context for cell in found.results} for _, found in group))
     if not contexts:
         return ""
     far = max(contexts)
     shares = [(model.name, found_at(found, far)) for model, found in group]
-    said = [f"{wording.percent(share)} by {name}" for name, share in shares if share is not None]
-    return f"Pass keys found at {far:,} tokens: {wording.listed(said)}." if said else ""
+    words = [f"{in_percent(share)} by {name}" for name, share in shares if share is not None]
+    return f"Pass keys found at {far:,} tokens: {wording.listed(words)}." if words else ""
 
 
 def _ruler(models: Sequence[Evaluated]) -> str:
     asked = [(model, model.ruler) for model in models if model.ruler and model.ruler.averages]
     if not asked:
         return ""
-    group = alike(asked, lambda each: each[1].way)[0]
-    said = [f"{effective_length(found)} for {model.name}" for model, found in group]
-    return f"RULER’s effective length in tokens: {wording.listed(said)}."
+    group = alike(asked, lambda each: way_of(each[1]))[0]
+    words = [f"{effective_length(found)} for {model.name}" for model, found in group]
+    return f"RULER’s effective length in tokens: {wording.listed(words)}."
 
 
 def _short(subjects: Sequence[Subject]) -> str:
-    said = []
+    words = []
     for subject in subjects:
         if not subject.evaluated.short:
             continue
-        rows = subject.evaluated.short.rows
-        lost = [row for row in rows if row.good is False]
+        rows = [*subject.evaluated.short.results, *subject.evaluated.short.tasks]
+        lost = [row for row in rows if is_good(row) is False]
         if lost:
             worst = max(lost, key=lambda row: abs(row.after / row.before - 1) if row.before else 0)
-            said.append(f"{subject.name} {worst.verdict} ({worst.what})")
+            words.append(f"{subject.name} {worst.verdict} ({named(worst)})")
         else:
-            said.append(f"{subject.name} lost nothing")
-    return f"At short length: {'; '.join(said)}." if said else ""
+            words.append(f"{subject.name} is not shown to lose anything")
+    return f"At short length: {'; '.join(words)}." if words else ""

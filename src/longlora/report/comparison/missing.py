@@ -1,16 +1,15 @@
-"""What the page cannot show, each with the command that would make it, in the way that the others were measured."""
+"""What the page cannot show, each with the command that would make it: the one that the others were measured by."""
 
+import itertools
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from longlora.report.comparison.perplexity_lines import Line, groups, lines
+from longlora.report.comparison.perplexity_lines import groups, lines
 from longlora.report.comparison.subjects import Subject
-from longlora.report.reading import PerplexityOf
-from longlora.report.results import MEASURES, RETRIEVALS, Evaluated
-from longlora.report.ways import alike
-from longlora.report.wording import listed
+from longlora.report.ways import alike, joined, way_of
+from longlora.report.wording import capital, listed
+from longlora.results import MEASURES, Document
 
 NAMES = {
     "perplexity": "perplexity",
@@ -23,11 +22,22 @@ NAMES = {
 }
 
 USUAL = {
-    "perplexity": "--data DOCUMENTS",
-    "short": "--data DOCUMENTS",
-    "longppl": "--data DOCUMENTS --evaluator MODEL",
+    "perplexity": ("--data", "DOCUMENTS"),
+    "short": ("--data", "DOCUMENTS"),
+    "longppl": ("--data", "DOCUMENTS", "--evaluator", "MODEL"),
 }
-"""Options where no model shows the way."""
+"""Options where no file says how others were measured."""
+
+OF_ONE_MODEL = {
+    "--output": 1,
+    "--baseline": 1,
+    "--extend-to": 1,
+    "--method": 1,
+    "--revision": 1,
+    "--resume": 0,
+    "--json": 0,
+}
+"""Options that are about one model or one call -> how many words follow."""
 
 
 @dataclass(frozen=True)
@@ -42,70 +52,63 @@ def missing(subjects: Sequence[Subject]) -> list[Missing]:
     found = []
     for measure in MEASURES:
         done, usual, options = _done(measure, subjects)
-        absent = [subject for subject in subjects if subject.path not in done and _expected(measure, subject)]
+        # a model that all are compared with has not lost anything itself
+        expected = [each for each in subjects if measure != "short" or not each.evaluated.is_baseline]
+        absent = [subject for subject in expected if subject.path not in done]
         others = [subject for subject in subjects if subject.path in done and subject.path not in usual]
+        name = capital(NAMES[measure])
         if absent:
             of = listed([subject.name for subject in absent]) if done else "any of these models"
-            found.append(Missing(f"{_capital(NAMES[measure])} of {of}", _commands(measure, absent, options)))
+            found.append(Missing(f"{name} of {of}", list(_commands(measure, absent, options))))
         if others:
             of = listed([subject.name for subject in others])
-            what = f"{_capital(NAMES[measure])} of {of} in the way of the others"
-            found.append(Missing(what, _commands(measure, others, options)))
+            found.append(Missing(f"{name} of {of} in the way of the others", list(_commands(measure, others, options))))
     return found
 
 
-def _expected(measure: str, subject: Subject) -> bool:
-    """A model that all are compared with has not lost anything itself."""
-    return measure != "short" or not subject.evaluated.is_baseline
-
-
-def _done(measure: str, subjects: Sequence[Subject]) -> tuple[set[str], set[str], str]:
+def _done(measure: str, subjects: Sequence[Subject]) -> tuple[set[str], set[str], Sequence[str]]:
     """Paths of the models that were measured, of those measured in the most usual way, and the options of that way."""
     if measure == "perplexity":
         together = groups([line for line in lines(subjects) if line.subject])
         done = {line.subject.path for group in together for line in group if line.subject}
         if not together:
-            return done, done, ""
-        return done, {line.subject.path for line in together[0] if line.subject}, _options(together[0])
-    measured = [(subject.path, found) for subject in subjects if (found := _result(measure, subject.evaluated))]
+            return done, done, ()
+        first = [line.measured for line in together[0]]
+        contexts = ",".join(str(result.context) for result in first[0].results)
+        by_hand = ("--data", *joined(first[0].data).split(", "), "--contexts", contexts)
+        options = _options(first) or by_hand  # what a run measured of itself was made by no such command
+        return done, {line.subject.path for line in together[0] if line.subject}, options
+    measured = [
+        (subject.path, document) for subject in subjects if (document := subject.evaluated.documents.get(measure))
+    ]
     if not measured:
-        return set(), set(), ""
-    usual = alike(measured, lambda each: _way(each[1]))[0]
-    return {path for path, _ in measured}, {path for path, _ in usual}, usual[0][1].command
+        return set(), set(), ()
+    usual = alike(measured, lambda each: way_of(each[1]))[0]
+    return {path for path, _ in measured}, {path for path, _ in usual}, _options([document for _, document in usual])
 
 
-def _result(measure: str, evaluated: Evaluated) -> Any:
-    return evaluated.retrievals.get(measure) if measure in RETRIEVALS else getattr(evaluated, measure)
+def _options(documents: Sequence[Document]) -> list[str]:
+    """The options of the command that one of `documents` keeps, without those of its own model."""
+    command = next((document.command for document in documents if document.command), ())
+    words = itertools.dropwhile(lambda word: not word.startswith("-"), command)
+    kept = []
+    for word in words:
+        flag, given, _ = word.partition("=")
+        if flag in OF_ONE_MODEL:
+            for _ in range(0 if given else OF_ONE_MODEL[flag]):
+                next(words, None)
+        else:
+            kept.append(word)
+    return kept
 
 
-def _way(result: Any) -> Mapping[str, str]:
-    return {"baseline": getattr(result, "baseline", ""), **result.way}
-
-
-def _options(group: Sequence[Line]) -> str:
-    """The options that measure another model as these were."""
-    measured: PerplexityOf = group[0].measured
-    contexts = ",".join(str(result.context) for result in measured.results)
-    options = [f"--data {measured.data.replace(', ', ' ') or 'DOCUMENTS'}", f"--contexts {contexts}"]
-    options += [f"--stride {measured.stride}"] if measured.stride else []
-    options += [f"--score {measured.score}"] if measured.score == "window" else []
-    options += [f"--max-documents {measured.max_documents}"] if measured.max_documents else []
-    options += [f"--min-document-tokens {measured.min_document_tokens}"] if measured.min_document_tokens else []
-    return " ".join(options)
-
-
-def _commands(measure: str, subjects: Sequence[Subject], options: str) -> list[str]:
+def _commands(measure: str, subjects: Sequence[Subject], options: Sequence[str]) -> Iterator[str]:
     """One command for all runs, and one for each folder of results."""
-    rest = options or USUAL.get(measure, "")
+    start, rest = ("longlora", "eval", measure), options or USUAL.get(measure, ())
     runs = [subject.model for subject in subjects if subject.run]
-    commands = [f"longlora eval {measure} {shlex.join(runs)} {rest}".rstrip()] if runs else []
+    if runs:
+        yield shlex.join([*start, *runs, *rest])
     for subject in subjects:
         if not subject.run:
-            place = f"--output {shlex.quote(subject.path)}"
-            words = [shlex.quote(subject.model), place, subject.evaluated.options, rest]
-            commands.append(" ".join(["longlora eval", measure, *filter(None, words)]))
-    return commands
-
-
-def _capital(words: str) -> str:
-    return words[:1].upper() + words[1:]
+            own = shlex.split(subject.evaluated.options)
+            yield shlex.join([*start, subject.model, "--output", subject.path, *own, *rest])

@@ -7,8 +7,8 @@ from typing import Any
 from longlora.report import wording
 from longlora.report.comparison.subjects import Subject
 from longlora.report.perplexity_section import drawn
-from longlora.report.reading import PerplexityOf
-from longlora.report.ways import difference
+from longlora.report.ways import difference, joined
+from longlora.results import Perplexities
 
 TRAINED_TONES = (0, 2, 3, 4, 5, 6, 7)
 BASE_TONE = "tone-1"
@@ -18,7 +18,7 @@ BASE_TONE = "tone-1"
 class Line:
     """One line of a chart, under a name of its own."""
 
-    measured: PerplexityOf
+    measured: Perplexities
     model: str
     """What the line is of, in a results document or a run's settings."""
     subject: Subject | None
@@ -106,7 +106,7 @@ def _tone(line: Line, tones: dict[str, str]) -> str:
     return tones.get(line.subject.path, BASE_TONE)
 
 
-def _of_run(subject: Subject, measured: PerplexityOf) -> Line:
+def _of_run(subject: Subject, measured: Perplexities) -> Line:
     """A run's own `perplexity-NAME.json`: what it began with, that stretched, or its result."""
     assert subject.run is not None
     base = str(subject.run.settings.get("model") or "the base model")
@@ -129,12 +129,15 @@ def _common(one: Line, other: Line) -> list[int]:
 def _way(line: Line, other: Line) -> dict[str, str]:
     """How `line` was measured, as far as it matters beside `other`."""
     measured = line.measured
-    way = {"text": measured.data or "–", "score": measured.score or "–"}
-    if measured.fingerprint and other.measured.fingerprint:
-        way["fingerprint"] = measured.fingerprint
+    way = {"text": joined(measured.data) or "–", "score": measured.score or "–"}
+    if measured.data_fingerprint and other.measured.data_fingerprint:
+        way["fingerprint"] = measured.data_fingerprint
     for context in _common(line, other):
-        result = measured.at(context)
+        result, beside = measured.at(context), other.measured.at(context)
         assert result is not None
+        assert beside is not None
+        if result.text and beside.text:
+            way["fingerprint"] = way.get("fingerprint", "") + result.text
         stride = result.stride or measured.stride
         way[f"stride at {context:,}"] = wording.whole(stride) if stride else "–"
         way[f"tokens at {context:,}"] = wording.whole(result.tokens) if result.tokens else "–"

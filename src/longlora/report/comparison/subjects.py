@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from longlora.errors import UserError
-from longlora.report.axes import drawable
-from longlora.report.reading import Recorded, read_run
-from longlora.report.reading_results import baseline_of_run, is_results_folder, read_results
-from longlora.report.results import Evaluated, Short, changed
+from longlora.report.changes import change, direction, interval
+from longlora.report.reading import Evaluated, Recorded, baseline_of_run, is_results_folder, read_results, read_run
+from longlora.report.ways import joined
+from longlora.report.wording import change as size
+from longlora.results import Change, Measured, Short
 from longlora.run_directory import RunDirectory
 
 
@@ -61,8 +62,10 @@ def _subjects(path: str) -> Iterator[Subject]:
         baseline = baseline_of_run(folder)
         if baseline is not None:
             yield Subject(str(baseline.folder), baseline, None)
-        run, evaluated = read_run(folder), read_results(folder / "evaluation", "")
-        yield Subject(path, replace(evaluated, short=evaluated.short or _own_comparison(run)), run)
+        run = read_run(folder)
+        own = None if run.evaluated.short else _own_comparison(run)
+        documents = {**run.evaluated.documents, **({"short": own} if own else {})}
+        yield Subject(path, replace(run.evaluated, documents=documents), run)
         return
     inside = sorted(each for each in folder.iterdir() if is_results_folder(each)) if folder.is_dir() else []
     if is_results_folder(folder):
@@ -84,17 +87,31 @@ def _own_comparison(run: Recorded) -> Short | None:
     base, trained, window = run.measured("base"), run.measured("trained"), run.whole("positions", "original_context")
     if base is None or trained is None or window is None:
         return None
-    pairs = [(one, trained.at(one.context)) for one in base.results if one.context <= window]
-    rows = tuple(
-        changed(f"perplexity at {one.context:,}", one.perplexity, other.perplexity, f"{one.tokens or 0:,} tokens")
-        for one, other in pairs
-        if other and drawable(one.perplexity) and drawable(other.perplexity)
-    )
-    stride = f"{base.stride:,}" if base.stride else "–"
-    way = {"text": base.data or "–", "stride": stride, "score": base.score or "–"}
-    if not rows or (base.data, base.stride, base.score) != (trained.data, trained.stride, trained.score):
+    if (base.data, base.stride, base.score) != (trained.data, trained.stride, trained.score):
         return None
-    return Short(baseline=str(run.settings.get("model") or "its base"), way=way, rows=rows, command="--data DOCUMENTS")
+    pairs = [(one, trained.at(one.context)) for one in base.results if one.context <= window]
+    rows = tuple(row for one, other in pairs if other and (row := _changed(one, other)))
+    stride = f"{base.stride:,}" if base.stride else ""
+    model = str(run.settings.get("model") or "its base")
+    data = joined(base.data)
+    return Short(baseline=model, data=data, stride=stride, score=base.score, results=rows) if rows else None
+
+
+def _changed(before: Measured, after: Measured) -> Change | None:
+    found = change(after, before)
+    if found is None:
+        return None
+    verdict = ("improved by", "unchanged", "regressed by")[direction(found) + 1]
+    verdict += f" {size(found.value)}" if direction(found) else ""
+    return Change(
+        before=before.perplexity,
+        after=after.perplexity,
+        verdict=verdict + interval(found),
+        context=before.context,
+        tokens=before.tokens or 0,
+        low=found.low,
+        high=found.high,
+    )
 
 
 def _named(subject: Subject) -> tuple[str, ...]:
