@@ -11,7 +11,7 @@ from test_extension import documents as documents
 from longlora.attention.cost import attention_cost
 from longlora.cli import main
 from longlora.demo import recipe
-from longlora.reproduction import attention_study
+from longlora.reproduction import attention_study, table_runs
 from longlora.reproduction.entries import size
 from longlora.run_directory import RunDirectory
 from longlora.settings import AttentionSettings, TrainingSettings
@@ -32,7 +32,13 @@ def held_out(documents):
         (folder / f"{number}.txt").write_text((documents / "01.txt").read_text() + f" {number} " + "abc " * 300)
 
 
-def test_a_study_runs_each_cell_once_and_pairs_its_seeds(base_folder, documents, held_out, tmp_path, capsys):
+@pytest.fixture
+def inline(monkeypatch):
+    """Cells in this process, where starting one takes longer than a tiny cell."""
+    monkeypatch.setattr(table_runs, "in_processes", lambda todo, work, *_: [work(item) for item in todo])
+
+
+def test_a_study_runs_each_cell_once_and_pairs_its_seeds(base_folder, documents, held_out, inline, tmp_path, capsys):
     main([*words(base_folder, documents, tmp_path), "--json"])
     document = json.loads(capsys.readouterr().out)
     assert document == json.loads((tmp_path / "attention-study.json").read_text())
