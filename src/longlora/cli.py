@@ -15,7 +15,7 @@ from typing import Any
 import tyro
 import yaml
 
-from longlora import ranks
+from longlora import ranks, results
 from longlora import settings as s
 from longlora.errors import REQUEUE, Interrupted, UserError, check_choice, nearest
 from longlora.help_page import help_page
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = ""
     try:
         name, settings = parse(argv)
+        results.COMMAND[:] = ["longlora", *argv]
         quiet_libraries()
         module, _, function = COMMANDS[name][1].partition(":")
         result = getattr(importlib.import_module(module), function)(settings)

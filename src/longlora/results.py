@@ -16,6 +16,9 @@ Kind = TypeVar("Kind")
 MOST = 10**18
 """No count of tokens, documents or parameters is larger."""
 
+COMMAND: list[str] = []
+"""The command line of this process, word by word, which its results keep; empty where it is used from Python."""
+
 Share = Annotated[float, "from 0 to 1"]
 Unbounded = Annotated[float, "infinite too; NaN where it is no number"]
 Said = Annotated[str, "any scalar, in words"]

@@ -23,6 +23,7 @@ from longlora.evaluation.statistics import Estimate
 from longlora.evaluation.trials import TrialLog
 from longlora.evaluation.windows import text_fingerprint
 from longlora.model.source import resolve
+from longlora.results import COMMAND
 from longlora.run_directory import write_whole
 from longlora.settings import EvaluatedModelsSettings
 
@@ -107,6 +108,7 @@ def evaluate_each(
 
 def keep(document: Document, file: Path | None) -> Document:
     """`document`, which is written beside the trials in `file`."""
+    document = document | ({"command": [*COMMAND]} if COMMAND else {})
     if file is not None and is_first():
         write_whole(file.with_suffix(".json"), json.dumps(document, indent=1) + "\n")
     return document

@@ -190,8 +190,9 @@ def read_results(folder: Path, name: str, *, is_baseline: bool = False) -> Evalu
             if isinstance(document, Perplexities):
                 document = _named("measured", document)
             elif isinstance(document, Retrieval):
-                known = tuple(cell for cell in document.results if measure == "passkey" or cell.number)
-                document = replace(document, task=measure, results=known)
+                known = [cell for cell in document.results if measure == "passkey" or cell.number]
+                asked = tuple(cell if cell.trials else replace(cell, accuracy=None) for cell in known)
+                document = replace(document, task=measure, results=asked)
             if document.results or getattr(document, "tasks", ()):
                 documents[measure] = document
     return Evaluated(

@@ -72,7 +72,8 @@ class ReproduceSettings(CommandSettings):
     """Cells at a time, each in a process of its own; on several GPUs each takes one."""
 
     pages: str | None = None
-    """Folder, such as docs/results, to write the table's page into; what people wrote under its last heading stays."""
+    """Folder, such as docs/results, to write the page, its CSV and its figures into; what people wrote under its last
+    heading stays."""
 
     def __post_init__(self) -> None:
         check_choice("table or study", self.name, REPRODUCTIONS)
