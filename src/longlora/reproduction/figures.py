@@ -138,6 +138,7 @@ def _lines(axes: Axes, rows: Rows, places: Sequence[float], columns: Sequence[in
 
 def _label(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Write each (x, y, label, tone) to the right of the axes at its height or as near as may be, tied to its point."""
+    axes.autoscale_view()  # or places are those of an empty axis
     scale = 72 / axes.figure.dpi
     box = axes.get_window_extent()
     heights = [scale * axes.transData.transform((x, y))[1] for x, y, *_ in ends]
@@ -150,7 +151,7 @@ def _label(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
             textcoords="axes fraction",
             color=tone,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": tone, "linewidth": 0.5, "linestyle": ":"},
+            arrowprops={"arrowstyle": "-", "color": tone, "linewidth": 0.5, "linestyle": ":", "relpos": (0, 0.5)},
         )
 
 
