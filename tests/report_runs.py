@@ -146,10 +146,15 @@ def ruler(means: dict[int, float], **more: Any) -> dict[str, Any]:
     } | more
 
 
+def told(before: float, after: float) -> str:
+    change = f"by {abs(after / before - 1):.1%}"
+    return "unchanged" if before == after else f"{'regressed' if after > before else 'improved'} {change}"
+
+
 def short(before: dict[int, float], after: dict[int, float], **more: Any) -> dict[str, Any]:
     rows = [
         {"context": context, "before": one, "after": after[context], "tokens": 9000, "documents": 3}
-        | {"verdict": f"{'regressed' if after[context] > one else 'improved'} by some", "skipped_documents": 0}
+        | {"verdict": told(one, after[context]), "skipped_documents": 0}
         for context, one in before.items()
     ]
     measured = {"task": "short", "model": "demo", "label": "demo", "baseline": "demo", "data": "stdlib", "stride": 256}

@@ -98,8 +98,8 @@ def test_the_first_sentences_hold_the_numbers(tmp_path: Path) -> None:
         "three.",
         "RULER’s effective length in tokens: 2,048, of 2 tasks for one, 2,048, of 2 tasks for two and 1,024, of 2 "
         "tasks for three.",
-        "At short length: one is not shown to lose anything; two regressed by some (perplexity at 256); three "
-        "regressed by some (perplexity at 256).",
+        "At short length: one is not shown to lose anything; two regressed by 5.0% (perplexity at 256); three "
+        "regressed by 10.0% (perplexity at 256).",
     ]
 
 
@@ -337,7 +337,7 @@ def test_folders_of_results_and_baselines(tmp_path: Path) -> None:
     assert "owner/mine, ntk to 4,096, not trained" in text
     assert f"longlora eval lines owner/mine --output {several}/1-mine --extend-to 4096 --method ntk --chat yes" in text
     assert "2 models compared: one and 1-mine" in text
-    assert "Pass keys found at 1,024 tokens: 50% by demo (baseline)" in text
+    assert "Pass keys found at 1,024 tokens: 50% (27 to 73) by demo (baseline)" in text
 
 
 def test_names_that_are_alike_get_their_folders(tmp_path: Path) -> None:
