@@ -36,14 +36,20 @@ class FakeEndpoint:
     def __init__(self, respond: Callable[[int, dict[str, Any]], Reply]) -> None:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
         self.times: list[float] = []
         self.lock = threading.Lock()
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
+            @property
+            def route(self) -> str:
+                return self.path.partition("?")[0]
+
             def do_GET(self) -> None:
                 fake.headers.append(dict(self.headers))
-                self.reply(200, {"data": [{"id": "tiny"}]} if self.path == "/v1/models" else {})
+                fake.paths.append(self.path)
+                self.reply(200, {"data": [{"id": "tiny"}]} if self.route == "/v1/models" else {})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -52,7 +58,8 @@ class FakeEndpoint:
                     fake.requests.append(body)
                     fake.headers.append(dict(self.headers))
                     fake.times.append(time.monotonic())
-                if self.path != "/v1/chat/completions":
+                    fake.paths.append(self.path)
+                if self.route != "/v1/chat/completions":
                     return self.reply(404, {"error": {"message": f"no route {self.path}"}})
                 return self.reply(*respond(number, body))
 

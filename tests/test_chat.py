@@ -51,6 +51,44 @@ def answer(answerer, prompt, tokens=6, stop_tokens=(), stop=None):
     return new, reused, reason
 
 
+LONG = {"original_max_position_embeddings": 32, "rope_theta": 10000.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "window", "rope"),
+    [
+        ("llama", 128, {"rope_type": "longrope", **LONG}),
+        ("phi3", 128, {"rope_type": "longrope", **LONG}),
+        ("llama", 32, {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}),
+    ],
+    ids=["longrope", "Phi-3", "dynamic"],
+)
+@pytest.mark.parametrize("length", [20, 70])
+def test_frequencies_that_change_with_the_length_answer_as_stock_generate_does(tiny_model, name, window, rope, length):
+    """Whatever was read before, shorter or longer, and though prompts are read in pieces."""
+    config = tiny_model(name).config
+    half = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if rope["rope_type"] == "longrope":
+        factors = {"short_factor": [1.0] * (half // 2), "long_factor": [1 + 0.5 * n for n in range(half // 2)]}
+        rope = rope | factors
+    more = {"original_max_position_embeddings": 32} if name == "phi3" else {}
+    build = {"max_position_embeddings": window, "rope_parameters": rope, **more}
+    model = tiny_model(name, **build)
+    generator = torch.Generator().manual_seed(length)
+    prompt = torch.randint(1, 96, (length,), generator=generator).tolist()
+    stock = tiny_model(name, **build).eval()
+    stock.load_state_dict(model.state_dict())
+    tensor = torch.tensor([prompt])
+    expected = stock.generate(
+        tensor, attention_mask=torch.ones_like(tensor), max_new_tokens=6, do_sample=False, eos_token_id=None
+    )[0, length:].tolist()
+    answerer = answerer_of(model.eval())
+    for before in ([], prompt[:18], [*prompt, *prompt[:20]], prompt):
+        if before:
+            answer(answerer, before)
+        assert answer(answerer, prompt)[0] == expected
+
+
 def tokens_read(model):
     """A list that grows by the tokens of each forward pass."""
     widths = []

@@ -137,6 +137,16 @@ def test_a_bad_document_is_refused_in_a_sentence_that_names_no_path(page, name, 
     assert page.page.documents == {}
 
 
+def test_no_more_documents_than_there_is_room_for(page):
+    _, document = page.add("a.txt", NOTE)
+    known = page.page.documents[document["id"]]
+    page.page.documents |= {str(number): known for number in range(199)}
+    status, trouble = page.add("b.txt", NOTE)
+    assert (status, "200 documents here already" in trouble["error"]) == (400, True)
+    del page.page.documents["0"]
+    assert page.add("b.txt", NOTE)[0] == 201
+
+
 def test_stop_ends_an_answer_that_keeps_what_was_said(page):
     events = page.events({"turns": [], "question": "Who?"})
     seen, number = [], None
@@ -234,6 +244,10 @@ def test_other_sites_are_kept_out(page):
     assert page.call("POST", "/api/answers", question, {"Origin": "null"} | OWN)[0] == 403
     assert page.call("POST", "/api/answers", question, {"Content-Type": "text/plain"})[0] == 403
     assert page.call("POST", "/api/documents?name=a.txt", NOTE, {"Content-Type": "text/plain"})[0] == 403
+    _, document = page.add("a.txt", NOTE)
+    for headers in ({}, elsewhere):
+        assert page.call("DELETE", f"/api/documents/{document['id']}", None, headers)[0] == 403
+    assert page.call("GET", f"/api/documents/{document['id']}")[0] == 200
     assert page.call("OPTIONS", "/api/answers", None, elsewhere)[0] in (403, 405)
     own = OWN | {"Origin": f"http://{page.netloc}"}
     assert page.call("POST", "/api/export", {"format": "json"}, own)[0] == 200

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import longlora
 from longlora.chat.answering import Answerer, Ended, Reading
@@ -194,3 +194,13 @@ def test_answers_of_a_long_conversation_go_on_from_the_cache(tiny_model):
     # another conversation shares only tokens that have left: it is read from its beginning
     _, happenings = answer(TOKENS[:20] + TOKENS[50:60])
     assert next(each.reused for each in happenings if isinstance(each, Reading)) == 0
+
+
+def test_a_cache_that_lost_tokens_serves_what_begins_like_all_it_lost(tiny_model):
+    """Two sinks and five evicted: the sixth token is gone, so a prompt must share seven."""
+    caches = PrefixCaches(tiny_model("llama"), 1000, sinks=2)
+    read = ReadTokens(DynamicCache(), list(range(20)), evicted=5)
+    assert caches._usable(read, [*range(7), 90, 91]) == 7
+    assert caches._usable(read, [*range(6), 90, 91]) == 0
+    read.evicted = 0
+    assert caches._usable(read, [*range(6), 90, 91]) == 6

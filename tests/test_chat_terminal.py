@@ -1,6 +1,8 @@
 """`longlora chat` as a person meets it in the terminal: one question, a conversation, Ctrl-C, bad documents."""
 
+import inspect
 import json
+import logging
 import os
 import signal
 from pathlib import Path
@@ -8,11 +10,12 @@ from pathlib import Path
 import pytest
 from tiny_runs import save_base
 
-from longlora import cli
+from longlora import cli, logs
 from longlora.chat import terminal
 from longlora.chat.sampling import Sampler
 from longlora.chat.terminal import Conversation
-from longlora.errors import UserError
+from longlora.errors import UserError, printable
+from longlora.longqa import building, checking
 from longlora.settings import ChatSettings, PageSettings
 
 
@@ -228,8 +231,21 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(capsys, folder, types, monk
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_control_characters_do_not_reach_the_terminal():
-    assert terminal.printable("a\x1b]0;title\x07b\r\n\tc\u009b2J é 中") == "a]0;titleb\n\tc2J é 中"
+def test_nothing_from_outside_commands_the_terminal(capsys, caplog):
+    """Headings, names of files and what a teacher says stand in notes, in logs and in errors."""
+    assert printable("a\x1b]0;title\x07b\r\n\tc\u009b2J é 中") == "a]0;titleb\n\tc2J é 中"
+    hostile = "Chapter \x1b]0;title\x07\x9b2J"
+    terminal._note(hostile)
+    with pytest.raises(SystemExit):
+        cli._fail(hostile, 2)
+    said = capsys.readouterr()
+    handler, record = logs._Printable("%(message)s"), logging.makeLogRecord({"msg": "%s", "args": (hostile,)})
+    for text in (said.err, handler.format(record)):
+        assert "Chapter ]0;title2J" in text
+        assert "\x1b" not in text
+    # what commands say of pairs and of plans goes the same way
+    for module, function in ((building, "_say"), (checking, "check_pairs")):
+        assert "printable(" in inspect.getsource(getattr(module, function))
 
 
 def test_help_lists_every_command(capsys, folder, types):

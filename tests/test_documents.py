@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longlora.corpus import documents, formats, standard_library
-from longlora.corpus.documents import Document, Tally, read_documents, source_files
+from longlora.corpus.documents import Document, Reading, Tally, read_documents, source_files
 from longlora.errors import UserError
 
 
@@ -78,7 +78,8 @@ def write_pdf(path: Path, pages: list[str], password: str | None = None) -> Path
 
 
 def read(*sources: object, **options: object) -> list[Document]:
-    return list(read_documents([str(source) for source in sources], **options))  # type: ignore[arg-type]
+    tally = options.pop("tally", None)
+    return list(read_documents([str(source) for source in sources], Reading(**options), tally))  # type: ignore[arg-type]
 
 
 def mistake(*sources: object, **options: object) -> str:
@@ -105,6 +106,98 @@ def test_each_line_of_jsonl_is_a_document(tmp_path, ending):
     got = read(path, text_field="body")
     assert [document.text for document in got] == texts
     assert [document.name for document in got] == [f"{path}:{line}" for line in range(1, 301)]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1", "cp1251", "gb18030", "shift_jis"])
+def test_a_text_in_another_encoding_is_read_as_what_it_is(tmp_path, encoding):
+    texts = {
+        "utf-16": "naïve",
+        "latin-1": "L'été dernier, nous avons visité la forêt près de la rivière.",
+        "cp1251": "Привет, это обычный русский текст о море и китах, который мы читаем. " * 2,
+        "gb18030": "这是一个普通的中文文本，关于海洋和鲸鱼。" * 3,
+        "shift_jis": "これは海と鯨についての普通の日本語の文章です。" * 3,
+    }
+    path = tmp_path / "a.txt"
+    path.write_bytes(texts[encoding].encode(encoding))
+    assert read(path)[0].text == texts[encoding]
+    path.write_bytes("Zażółć".encode("cp1250"))
+    assert read(path, encoding="cp1250")[0].text == "Zażółć"
+    assert "not ascii text" in mistake(path, encoding="ascii")
+
+
+RECORDS = [{"text": "First document."}, {"text": "Second document."}]
+
+
+@pytest.mark.parametrize("name", ["array.json", "lines.json", "lines.ndjson", "array.json.gz", "lines.ndjson.zst"])
+def test_records_are_read_by_their_content_under_whatever_name(tmp_path, name):
+    """A JSON array, or lines as `datasets` writes them under `.json`: never the raw JSON."""
+    import gzip
+
+    import zstandard
+
+    content = json.dumps(RECORDS, indent=1) if "array" in name else "\n".join(map(json.dumps, RECORDS))
+    pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(name).suffix, bytes)
+    path = tmp_path / name
+    path.write_bytes(pack(content.encode()))
+    got = read(path)
+    assert [document.text for document in got] == ["First document.", "Second document."]
+    assert [document.name for document in got] == [f"{path}:1", f"{path}:2"]
+
+
+def test_one_object_over_many_lines_a_field_within_a_field_and_what_is_no_record(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"doc": {"text": "within", "id": 3}}, indent=2), encoding="utf-8")
+    assert [document.text for document in read(path, text_field="doc.text")] == ["within"]
+    assert "its fields are: text, id" in mistake(path, text_field="doc.words")
+    path.write_text('"only a string"', encoding="utf-8")
+    assert "holds no records" in mistake(path)
+    parquet = write_parquet(tmp_path / "a.parquet", {"doc": [{"text": "one"}, {"text": "two"}]})
+    assert [document.text for document in read(parquet, text_field="doc.text")] == ["one", "two"]
+
+
+def test_a_long_window_of_zstandard_and_a_compressed_text(tmp_path):
+    import zstandard
+
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=31, enable_ldm=True)
+    line = json.dumps({"text": "far apart"}).encode() + b"\n"
+    path = tmp_path / "a.jsonl.zst"
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path.write_bytes(packer.compress(line) + packer.flush())
+    assert zstandard.get_frame_parameters(path.read_bytes()).window_size == 2**31  # more than readers take unasked
+    assert [document.text for document in read(path)] == ["far apart"]
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress("naïve\n".encode()))
+    assert read(tmp_path / "b.txt.gz")[0].text == "naïve\n"
+
+
+def test_malformed_records_are_passed_over_up_to_a_number_and_named(tmp_path, caplog):
+    path = tmp_path / "a.jsonl"
+    lines = [b'{"text": "one"}', b'{"text": "cut', b'{"txet": "x"}', b"[3]", b'{"text": "two"}', b"[" * 200_000]
+    path.write_bytes(b"\n".join(lines))
+    with caplog.at_level(logging.WARNING):
+        assert [document.text for document in read(path, skip_malformed=4)] == ["one", "two"]
+    assert f"4 malformed records ({path}, line 2, {path}, line 3, {path}, line 4 and 1 more)" in caplog.text
+    assert "line 6: it is not valid JSON (nested too deeply)" in mistake(path, skip_malformed=3)
+    assert "line 2" in mistake(path)
+
+
+def test_reading_goes_on_where_it_was(tmp_path):
+    """After every document in turn: the rest, and the same counts at the end as in one go."""
+    (tmp_path / "a.txt").write_text("a", encoding="utf-8")
+    (tmp_path / "b.txt").write_text(" ", encoding="utf-8")
+    (tmp_path / "c.jsonl").write_text('{"text": "1"}\n{"text": ""}\nbad\n{"text": "2"}\n', encoding="utf-8")
+    (tmp_path / "d.bin").write_bytes(b"\0")
+    (tmp_path / "e.txt").write_text("e", encoding="utf-8")
+    whole = Tally()
+    all_of_it = read(tmp_path, skip_malformed=1, tally=whole)
+    assert [document.text for document in all_of_it] == ["a", "1", "2", "e"]
+    for done, document in enumerate(all_of_it, start=1):
+        at = document.position
+        tally = Tally(documents=done, skipped=at.skipped, malformed=whole.malformed[: at.malformed])
+        how = Reading(skip_malformed=1)
+        rest = list(read_documents([str(tmp_path)], how, tally, begin=(at.file, at.texts)))
+        assert rest == all_of_it[done:]
+        assert (tally.skipped, tally.malformed, tally.documents) == (whole.skipped, whole.malformed, 4)
+        assert tally.bytes_read == whole.bytes_read
 
 
 def test_parquet_rows_are_documents_over_several_batches(tmp_path):
@@ -171,7 +264,7 @@ def test_a_folder_is_walked_in_order_and_what_is_passed_over_is_counted(tmp_path
     left_out = {
         ".hidden": b"no", ".git/config": b"no", "sub/__pycache__/b.txt": b"no", "node_modules/x.js": b"no",
         "cached/CACHEDIR.TAG": b"Signature: 8a477f597d28d172789f06886806bc55", "cached/x.txt": b"no",
-        "picture.png": b"\x89PNG\0\0", "latin.txt": "naïve".encode("latin-1"), "empty.txt": b"", "blank.txt": b" \n",
+        "picture.png": b"\x89PNG\0\0", "noise.txt": bytes(range(1, 256)) * 8, "empty.txt": b"", "blank.txt": b" \n",
     }  # fmt: skip
     for name, content in (kept | left_out).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +278,10 @@ def test_a_folder_is_walked_in_order_and_what_is_passed_over_is_counted(tmp_path
         ("sub/deep/a.rst", "deep"), ("z/a.txt", "z"),
     ]  # fmt: skip
     (record,) = caplog.records
-    assert "3 empty documents, 2 files (binary or not UTF-8), 1 files (scanned PDF, no text layer)" in record.message
+    assert (
+        "3 empty documents, 2 files (binary or in no known encoding), 1 files (scanned PDF, no text layer)"
+        in record.message
+    )
 
 
 def test_sources_come_in_the_order_given_and_bytes_are_counted(tmp_path):
@@ -202,7 +298,7 @@ def test_the_standard_library_in_two_disjoint_parts():
     )
     assert set(trained) | set(held_out) == set(all_of_it)
     assert len(trained) + len(held_out) == len(all_of_it) > 100
-    first = next(read_documents(["stdlib"], held_out=True))
+    first = next(read_documents(["stdlib"], Reading(held_out=True)))
     assert first.name in held_out
     assert all(name.startswith("stdlib/") for name in all_of_it)
 
@@ -210,7 +306,7 @@ def test_the_standard_library_in_two_disjoint_parts():
 def test_nothing_is_read_before_it_is_asked_for(tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(
-        documents, "read_file", lambda path, field: opened.append(path.name) or formats.read_file(path, field)
+        documents, "read_file", lambda path, *how: opened.append(path.name) or formats.read_file(path, *how)
     )
     for number in range(5):
         (tmp_path / f"{number}.txt").write_text("text", encoding="utf-8")
@@ -252,8 +348,7 @@ def test_mistakes_of_a_file_named_directly(tmp_path):
         "zero.txt": (b"", "empty"),
         "blank.txt": (b"  \n", "no text"),
         "a.bin": (b"\x7fELF\0\0", "binary"),
-        "utf16.txt": ("text".encode("utf-16"), "UTF-16"),
-        "latin.txt": ("naïve".encode("latin-1"), "not UTF-8"),
+        "noise.txt": (bytes(range(1, 256)) * 8, "in no encoding that can be told"),
         "a.parquet": (b"PAR1 is not enough", "parquet"),
         "a.pdf": (b"%PDF-1.4\nbroken", "PDF"),
         "a.jsonl.gz": (b"not compressed", "cannot be read"),
@@ -270,7 +365,7 @@ def test_mistakes_of_a_file_named_directly(tmp_path):
 def test_an_empty_folder_and_one_with_nothing_to_read(tmp_path):
     assert "no files" in mistake(tmp_path)
     (tmp_path / "a.bin").write_bytes(b"\0")
-    assert "1 files (binary or not UTF-8)" in mistake(tmp_path)
+    assert "1 files (binary or in no known encoding)" in mistake(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from llama_cpp import LlamaCpp
 from packaging import version
 from tiny_runs import make_run, save_base
 
@@ -415,19 +416,18 @@ def overrides_of_weights(overrides):
 
 @pytest.mark.parametrize(("architecture", "method", "overrides"), CASES)
 def test_llama_cpp_computes_the_same(architecture, method, overrides, tmp_path, tiny_model, tokenizer):
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     model = make_model(tmp_path / "model", tiny_model, tokenizer, architecture, method, **dict(overrides))
     export(tmp_path / "model", tmp_path / "model.gguf")
-    running = llama_cpp.Llama(
-        str(tmp_path / "model.gguf"), n_ctx=CONTEXT, n_batch=CONTEXT, logits_all=True, verbose=False, n_threads=1
-    )
+    running = LlamaCpp(tmp_path / "model.gguf", CONTEXT)
     tokens = token_ids(200, 50 if method == "none" else 200)
-    running.eval(tokens[0].tolist())
-    theirs = torch.from_numpy(np.array(running.scores[: tokens.shape[1]]))
+    places = range(9, tokens.shape[1], 10)
     with torch.no_grad():
-        ours = model.eval()(tokens).logits[0]
+        ours = model.eval()(tokens).logits[0, places].log_softmax(-1)
         unstretched = tiny_model(architecture, vocab_size=len(tokenizer) + 3, **overrides_of_weights(overrides))
-        elsewhere = unstretched(tokens).logits[0]
+        elsewhere = unstretched(tokens).logits[0, places].log_softmax(-1)
+    rows = [running.log_probabilities(tokens[0, : place + 1].tolist(), ours.shape[1]) for place in places]
+    theirs = torch.from_numpy(np.array(rows)).to(ours.dtype)
+    ours, elsewhere, theirs = (each - each.mean(-1, keepdim=True) for each in (ours, elsewhere, theirs))
     assert (theirs - ours).norm() < 5e-3 * ours.norm()  # its attention keeps keys and values in float16
     assert method == "none" or (theirs - elsewhere).norm() > 5e-2 * ours.norm()  # so positions do show
     assert (theirs.argmax(-1) == ours.argmax(-1)).float().mean() > 0.97
@@ -435,20 +435,19 @@ def test_llama_cpp_computes_the_same(architecture, method, overrides, tmp_path, 
 
 def test_llama_cpp_says_the_same_text(tmp_path):
     """The shipped model stretched, greedily: the same tokens from the same text, tokenised by llama.cpp itself."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     model, tokenizer = load("demo", dtype="float32")
     extend_positions(model, 2048, "yarn")
     save_base(tmp_path / "model", model, tokenizer)
     export(tmp_path / "model", tmp_path / "model.gguf")
-    running = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=2048, verbose=False, n_threads=1)
+    running = LlamaCpp(tmp_path / "model.gguf", 2048)
     import argparse
     import inspect
 
     text = inspect.getsource(argparse)[:4000]
     tokens = tokenizer(text)["input_ids"]
-    assert running.tokenize(text.encode(), add_bos=False) == tokens
     assert len(tokens) > 600  # beyond the window that the model was trained with
-    said = running.create_completion(tokens, max_tokens=40, temperature=0.0)["choices"][0]["text"]
+    said = running.said(tokens, 40)
+    assert running.said(text, 40) == said  # its own tokens of the text are ours
     with torch.no_grad():
         ours = model.generate(torch.tensor([tokens]), max_new_tokens=40, do_sample=False)[0, len(tokens) :]
     assert said == tokenizer.decode(ours)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from test_documents import mistake, read, write_pdf
 
-from longlora.corpus import formats, markup
-from longlora.corpus.markup import MarkupError, html_text
+from longlora.corpus import apart, markup
+from longlora.corpus.apart import UnparsableError
+from longlora.corpus.markup import html_text
 
 CONTAINER = (
     '<?xml version="1.0"?><container xmlns="urn:oasis:names:tc:opendocument:xmlns:container" version="1.0"><rootfiles>'
@@ -70,7 +71,7 @@ def test_html_becomes_paragraphs_and_headings_without_what_is_not_text(tmp_path)
     (document,) = read(path)
     for line in ("# A title", "Unclosed", "* first", "* second", "## Part two", "    indented", "| 1 | 2 |"):
         assert line in document.text.splitlines(), document.text
-    assert "One bold & one\nlinked word." in document.text
+    assert "One bold & one linked word." in document.text
     assert "snake_case and 2*3*4." in document.text
     assert "$\\alpha_1$" in document.text
     for unwanted in ("Home", "hidden", "search", "junk", "Not needed", "x.png", "<", "{}"):
@@ -103,6 +104,7 @@ def test_a_thousand_unclosed_paragraphs_are_read():
     [
         (b"<html><body><script>draw()</script></body></html>", "without any text"),
         (b"<div>" * 4000 + b"text", "nested too deeply"),
+        (b"<pre>" + b" " * 40_000, "without any text"),
     ],
 )
 def test_html_without_text_says_so(tmp_path, page, words):
@@ -111,6 +113,34 @@ def test_html_without_text_says_so(tmp_path, page, words):
     sentence = mistake(path)
     assert words in sentence
     assert "page.html" in sentence
+
+
+REPORT = "<h1>Annual report</h1>" + "<p>The whole text of the report stands inside the form of the framework.</p>" * 5
+
+
+@pytest.mark.parametrize("after", ["", "<p>Contact us</p>"])
+def test_a_page_that_stands_in_one_form_is_read(tmp_path, after):
+    path = tmp_path / "page.html"
+    path.write_text(f"<html><body><form id='aspnetForm'>{REPORT}</form>{after}</body></html>", encoding="utf-8")
+    text = read(path)[0].text
+    assert text.startswith("# Annual report\n\nThe whole text")
+    assert text.count("stands inside the form") == 5
+
+
+def test_of_a_page_from_the_web_the_content_stays_and_the_rest_goes(tmp_path):
+    sentence = "The first long paragraph is about whales and the sea and goes on for quite a while, {}."
+    content = "".join(f"<p>{sentence.format(number)}</p>" for number in range(8))
+    menu = "<nav><a href=/>Home</a></nav><div class='cookie-banner'>We use cookies.<button>Accept</button></div>"
+    footer = "<footer>Copyright. Imprint.</footer>"
+    for name, main in (("short", content), ("long", content * 700)):
+        path = tmp_path / f"{name}.html"
+        path.write_text(f"<body>{menu}<main><h1>A title</h1>{main}</main>{footer}</body>", encoding="utf-8")
+        text = read(path)[0].text
+        assert text.startswith("# A title\n\n" + sentence.format(0)), text[:200]
+        assert sentence.format(7) in text
+        for unwanted in ("Home", "cookies", "Accept", "Imprint"):
+            assert unwanted not in text
+    assert html_text(b"<main>A</main><aside>B</aside>") in ("A", "A\n\nB")
 
 
 def test_a_binary_file_is_no_html(tmp_path):
@@ -173,8 +203,28 @@ def test_damaged_and_empty_epubs_are_sentences(tmp_path, monkeypatch):
         assert "cannot be read as EPUB" in sentence, sentence
         assert name in sentence
     assert "they are pictures" in mistake(write_epub(tmp_path / "p.epub", ordinary_book(a='<img src="1.png"/>')))
+    bomb = write_epub(tmp_path / "bomb.epub", ordinary_book(a="<p>x</p>" * 1000))
     monkeypatch.setattr(markup, "EPUB_MOST_BYTES", 1000)
-    assert "unpacks to" in mistake(write_epub(tmp_path / "bomb.epub", ordinary_book(a="<p>x</p>" * 1000)))
+    with pytest.raises(UnparsableError, match="unpacks to more than 1,000 bytes of pages"):
+        markup.epub_text(bomb)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("<spine>", '<spine><itemref idref="cover"/>'),
+        ("</manifest><spine>", '<item id="p9" href="c9.xhtml" media-type="application/xhtml+xml"/></manifest><spine>'
+         '<itemref idref="p9"/>'),
+        ("<manifest>", '<manifest><item href="x.css" media-type="text/css"/>'),
+        ('href="c1.xhtml"', 'href="c1.xhtml#top"'),
+        ("application/xhtml+xml", "text/x-oeb1-document"),
+    ],
+    ids=["entry not in the manifest", "page not in the archive", "item without id", "fragment", "OEB 1"],
+)  # fmt: skip
+def test_one_bad_entry_of_an_epub_costs_no_more_than_itself(tmp_path, old, new):
+    files = ordinary_book(c1="<p>Chapter one.</p>", c2="<p>Chapter two.</p>")
+    files["OEBPS/book.opf"] = package([("c1.xhtml", ""), ("c2.xhtml", "")], title="").replace(old, new)
+    assert read(write_epub(tmp_path / "book.epub", files))[0].text == "Chapter one.\n\nChapter two."
 
 
 def test_an_external_entity_of_an_epub_is_not_fetched(tmp_path):
@@ -223,7 +273,7 @@ def test_a_scan_with_a_stamp_on_each_page_is_still_a_scan(tmp_path):
 
 
 def test_pages_without_text_among_others_are_counted(tmp_path, caplog):
-    with caplog.at_level(logging.INFO, logger=formats.__name__):
+    with caplog.at_level(logging.INFO, logger=apart.__name__):
         assert read(write_pdf(tmp_path / "a.pdf", ["written", "", "on"]))[0].text == "written\n\non"
     assert "1 of 3 pages have no text" in caplog.text
 
@@ -235,6 +285,31 @@ def test_words_of_a_pdf_whose_blanks_are_only_distances_stay_apart(tmp_path):
     content = path.read_bytes().replace(b"(PLACE) Tj", b"[(two)-270(wor)20(ds)]TJ")
     path.write_bytes(content.replace(b"/Length 37", b"/Length 51"))
     assert read(path)[0].text == "two words"
+
+
+@pytest.mark.parametrize("turned", [90, 180, 270])
+def test_a_rotated_page_is_read_whole(tmp_path, turned):
+    import pypdf
+
+    writer = pypdf.PdfWriter(clone_from=pypdf.PdfReader(write_pdf(tmp_path / "a.pdf", ["Written along the long side"])))
+    writer.pages[0].rotate(turned)
+    writer.write(tmp_path / "b.pdf")
+    assert read(tmp_path / "b.pdf")[0].text == "Written along the long side"
+
+
+def test_a_parser_that_takes_too_much_is_ended_and_the_next_file_is_read(tmp_path, monkeypatch):
+    good = tmp_path / "good.html"
+    good.write_text("<p>text", encoding="utf-8")
+    bomb = write_epub(tmp_path / "bomb.epub", ordinary_book(a="<p>x</p>" * 1_500_000))
+    assert bomb.stat().st_size < 100_000
+    assert "takes more than" in mistake(bomb)
+    assert read(good)[0].text == "text"
+    slow = tmp_path / "slow.html"
+    slow.write_text("<p>word" * 100_000, encoding="utf-8")
+    monkeypatch.setattr(apart, "WALL_CLOCK", 0.01)
+    assert "takes more than" in mistake(slow)
+    monkeypatch.undo()
+    assert read(good)[0].text == "text"
 
 
 def test_what_a_folder_passes_over_is_named_by_kind(tmp_path, caplog):
@@ -250,6 +325,6 @@ def test_what_a_folder_passes_over_is_named_by_kind(tmp_path, caplog):
 
 
 def test_markup_errors_carry_their_kind():
-    with pytest.raises(MarkupError) as caught:
+    with pytest.raises(UnparsableError) as caught:
         markup.epub_text(io.BytesIO(b"junk"))  # type: ignore[arg-type]
     assert caught.value.kind == "damaged EPUB"

@@ -133,7 +133,7 @@ def test_the_declared_dependencies_are_the_imported_libraries():
             distributions = {canonicalize_name(each) for each in provided_by.get(top, [top])}
             assert distributions & (core | optional), f"{name} imports {top}, which pyproject.toml does not declare"
             imported |= distributions
-    imported |= {"gguf"}  # transformers reads .gguf files with it
+    imported |= {"gguf", "lxml-html-clean"}  # transformers reads .gguf files with the one, trafilatura wants the other
     assert core - imported == set(), "declared, but never imported"
 
 
@@ -295,6 +295,8 @@ def test_the_pins_are_exact_and_lie_in_the_ranges():
     for line in [*PROJECT["dependencies"], *(each for lines in extras.values() for each in lines)]:
         requirement = Requirement(line)
         name = canonicalize_name(requirement.name)
+        if name == "longlora":  # an extra made of others
+            continue
         assert name in pins, f"{name} has no pin in constraints.txt"
         assert requirement.specifier.contains(pins[name]), f"{name}=={pins[name]} is outside {requirement.specifier}"
 

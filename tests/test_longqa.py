@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from longlora.corpus.encoding import token_starts
 from longlora.errors import UserError
 from longlora.longqa.answers import judged, repetition
 from longlora.longqa.pair_files import GrowingPairs, Malformed, iterate_pairs, read_pairs, write_pairs
@@ -19,12 +20,12 @@ from longlora.longqa.pairs import Message, Pair, pair_from_record, question_and_
 from longlora.longqa.planning import Plan, material_of, title_of
 from longlora.longqa.prompts import material_opening, material_prompt
 from longlora.longqa.question_bank import BANK, choose, questions, read_questions
-from longlora.longqa.sections import cut, token_starts
+from longlora.longqa.sections import count, cut
 from longlora.settings import BuildLongQASettings
 
 
 def tokens_of(text: str) -> int:
-    """What `token_starts` counts without a tokenizer, from its description: a token for every four characters."""
+    """What `count` counts without a tokenizer, from its description: a token for every four characters."""
     return -(-len(text) // 4)
 
 
@@ -170,8 +171,8 @@ def test_sections_know_their_chapter():
 
 
 def test_tokens_start_where_the_tokenizer_says(tiny_tokenizer):
-    assert token_starts("ab日", tiny_tokenizer()).tolist() == [0, 1, 2, 2, 2]  # a token a byte
-    assert token_starts("123456789").tolist() == [0, 4, 8]
+    assert token_starts(tiny_tokenizer(), "ab日").tolist() == [0, 1, 2, 2, 2]  # a token a byte
+    assert [count("123456789"[:length]) for length in (0, 1, 4, 5, 9)] == [0, 1, 1, 2, 3]
 
 
 # ---------------------------------------------------------------------------------------------------------- answers
@@ -240,7 +241,7 @@ def test_what_is_written_is_read_back(tmp_path, name):
         assert [(each["instruction"], each["output"]) for each in plain] == [
             (pair.prompt, pair.answer) for pair in pairs_to_write()
         ]
-        assert [pair.where for pair in got] == ["record 1 (line 2)", "record 2 (line 3)"]
+        assert [pair.where for pair in got] == ["record 1", "record 2"]
     else:
         plain = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
         assert plain[1] == {
@@ -276,6 +277,33 @@ def test_longalpaca_with_an_input_and_a_chat_with_several_turns():
     assert (pair.prompt, pair.answer) == ("c", "d")
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"conversation": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"prompt": "a", "completion": "b"},
+        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "model", "content": "b"}]},
+    ],
+)
+def test_conversations_are_read_as_trl_and_the_hub_write_them(record):
+    assert pair_from_record(record).messages == (Message("user", "a"), Message("assistant", "b"))
+
+
+def test_tools_and_reasoning_are_kept_for_the_template():
+    call = [{"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}]
+    turns = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": None, "tool_calls": call},
+        {"role": "tool", "name": "add", "content": "4"},
+        {"role": "assistant", "content": "Four.", "reasoning_content": "The tool said so."},
+    ]
+    pair = pair_from_record({"messages": turns, "tools": [{"name": "add"}]})
+    assert pair.conversation() == [turns[0], {**turns[1], "content": ""}, *turns[2:]]
+    assert (pair.prompt, pair.answer, pair.tools) == ("2+2?", "Four.", [{"name": "add"}])
+
+
 MALFORMED = [
     ("[1]", "is a list"),
     ('{"instruction": "a"}', "its fields are: instruction"),
@@ -286,6 +314,7 @@ MALFORMED = [
     ('{"messages": "hello"}', "not a list of objects"),
     ('{"messages": [{"role": "user", "content": "a"}]}', "its roles are user"),
     ('{"messages": [{"role": "robot", "content": "a"}]}', "role 'robot'"),
+    ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "parts that are not all text"),
     ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}', "answer is empty"),
 ]
 FINE = '{"instruction": "a", "output": "b"}'
@@ -311,7 +340,7 @@ def test_a_malformed_record_of_an_array_is_named_by_number_and_line(tmp_path, re
     path.write_text(f"[\n {FINE},\n {record} ,\n\n {FINE}\n]\n", encoding="utf-8")
     found = list(iterate_pairs(path))
     assert [type(each) for each in found] == [Pair, Malformed, Pair]
-    assert [each.where for each in found] == ["record 1 (line 2)", "record 2 (line 3)", "record 3 (line 5)"]
+    assert [each.where for each in found] == ["record 1", "record 2", "record 3"]
     assert reason in found[1].reason  # type: ignore[union-attr]
 
 
@@ -328,8 +357,8 @@ def test_an_array_that_breaks_off_says_where(tmp_path, end):
 
 def test_files_that_hold_no_pairs(tmp_path):
     cases = {
-        "none.json": ("[]", "no pairs"), "empty.jsonl": ("", "no pairs"), "text.txt": ("Call me", "neither|no file"),
-        "latin.jsonl": (b'{"instruction": "na\xefve", "output": "b"}', "UTF-8"),
+        "none.json": ("[]", "no pairs"), "empty.jsonl": ("", "no pairs"), "text.txt": ("Call me", "holds no records"),
+        "latin.jsonl": (b'{"instruction": "na\xefve", "output": "b"}', "utf-8"),
     }  # fmt: skip
     for name, (content, words) in cases.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -111,12 +111,10 @@ def test_the_endpoint_is_left_alone_as_long_as_it_asks(fake):
 
 
 def test_retry_after_may_be_a_date_and_is_not_believed_without_end():
-    import requests
+    import httpx
 
     def seconds(value: str | None) -> float | None:
-        response = requests.Response()
-        response.headers.update({} if value is None else {"Retry-After": value})
-        return endpoint._retry_after(response)
+        return endpoint._retry_after(httpx.Response(429, headers={} if value is None else {"Retry-After": value}))
 
     future = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
     assert seconds(future) == pytest.approx(30, abs=2)
@@ -203,6 +201,29 @@ def test_the_key_goes_to_the_endpoint_and_nowhere_else(fake, monkeypatch, tmp_pa
     server.headers.clear()
     ask(server)  # without --key-variable no key is sent, whatever the environment holds
     assert not any("Authorization" in headers for headers in server.headers)
+
+
+def test_a_key_in_the_url_is_sent_and_told_to_nobody(fake, capfd, caplog):
+    """Azure's way: the path goes before what follows the question mark."""
+    secret = "api-key=hush-hush-123&api-version=7"
+    server = fake(lambda *_: (500, {"error": {"message": f"no such thing: {secret}, hush-hush-123"}}))
+    teacher = endpoint.Endpoint(
+        f"{server.url}?{secret}", None, EndpointSettings(retries=0), answer_tokens=9, parallel=1
+    )
+    answer = teacher.answer("What?")
+    assert answer.problem == "error of the endpoint"
+    assert [path for path in server.paths if "chat" in path] == [f"/v1/chat/completions?{secret}"]
+    for text in (answer.detail, teacher.name, teacher.url, *capfd.readouterr(), caplog.text):
+        assert "hush" not in text
+    with pytest.raises(UserError) as caught:
+        endpoint.Endpoint(f"http://127.0.0.1:9/v1?{secret}", "m", EndpointSettings(), answer_tokens=9, parallel=1)
+    assert "hush" not in str(caught.value)
+
+
+def test_a_reply_without_end_is_cut_off(fake, monkeypatch):
+    monkeypatch.setattr(endpoint, "MOST_REPLY_BYTES", 2_000)
+    answer = ask(fake(lambda *_: completion("word " * 1_000)), retries=0)
+    assert (answer.problem, answer.detail) == ("no connection", "the reply has more than 2,000 bytes")
 
 
 def test_a_key_in_place_of_its_variables_name_is_not_repeated():
@@ -622,7 +643,7 @@ def test_the_check_counts_the_tokens_that_fine_tuning_will_find(teacher_folder, 
     }
     assert result["lengths"]["prompt"]["total"] == sum(prompts)
     assert result["lengths"]["answer"]["total"] == 3 * answer
-    assert result["too_long"] == {"context": whole[1], "where": ["record 3 (line 1)"]}
+    assert result["too_long"] == {"context": whole[1], "where": ["record 3"]}
     assert "1 of 3 pairs do not fit" in table
     result, table = check(path, *options, "--context", str(whole[2]))
     assert result["too_long"]["where"] == []

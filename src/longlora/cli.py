@@ -17,7 +17,7 @@ import yaml
 
 from longlora import ranks, results
 from longlora import settings as s
-from longlora.errors import REQUEUE, Interrupted, UserError, check_choice, nearest
+from longlora.errors import REQUEUE, Interrupted, UserError, check_choice, nearest, printable
 from longlora.help_page import help_page
 from longlora.logs import quiet_libraries
 from longlora.whole_files import NO_ROOM
@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[type[s.CommandSettings], str]] = {
     "report": (s.ReportSettings, "longlora.report.comparison.command:report"),
     "longqa build": (s.BuildLongQASettings, "longlora.longqa.building:build_pairs"),
     "longqa check": (s.CheckLongQASettings, "longlora.longqa.checking:check_pairs"),
+    "cache": (s.CacheSettings, "longlora.corpus.cache_command:cache"),
     "reproduce": (s.ReproduceSettings, "longlora.reproduction.command:reproduce"),
     "demo": (s.DemoSettings, "longlora.demo:demo"),
     "bench attention": (s.BenchAttentionSettings, "longlora.bench:bench_attention"),
@@ -197,6 +198,11 @@ def _flags_of(kind: type[s.CommandSettings], path: str) -> tuple[list[str], list
     positional: list[str] = []
     for key, value in recipe.items():
         name = str(key).replace("-", "_")
+        if name == "trust_remote_code" and value:
+            raise UserError(
+                f"--config {path} switches trust_remote_code on, by which a model's own code would run here. A recipe "
+                "may not: give --trust-remote-code on the command line."
+            )
         if name not in fields or name in ("config", "recipe", "json"):
             others = [command for command, (other, _) in COMMANDS.items() if name in _fields(other)]
             hint = f"It is a setting of `longlora {others[0]}`." if others else nearest(name, fields)
@@ -246,5 +252,5 @@ def _fields(kind: Any) -> dict[str, Any]:
 
 def _fail(sentence: str, status: int) -> None:
     if ranks.speaks():
-        print(f"longlora: {sentence}", file=sys.stderr)
+        print(f"longlora: {printable(sentence)}", file=sys.stderr)
     raise SystemExit(status)

@@ -1,4 +1,4 @@
-"""The one exception a user's mistake raises, and the nearest-name helper that makes its sentence useful."""
+"""The one exception a user's mistake raises, and what makes its sentence useful and safe to print."""
 
 import difflib
 from collections.abc import Iterable
@@ -44,3 +44,12 @@ def check_choice(thing: str, given: str, allowed: Iterable[str]) -> str:
         return given
     hint = nearest(given, names)
     raise UserError(f"unknown {thing} '{given}': it must be one of {', '.join(names)}.{' ' + hint if hint else ''}")
+
+
+def printable(text: str) -> str:
+    r"""`text` without control characters, by which what comes from outside could play with a terminal.
+
+    >>> printable("a\x1b[31mb\tc\n")
+    'a[31mb\tc\n'
+    """
+    return "".join(character for character in text if character in "\n\t" or character.isprintable())

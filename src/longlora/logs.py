@@ -6,6 +6,7 @@ import sys
 import warnings
 
 from longlora import ranks
+from longlora.errors import printable
 
 
 def quiet_libraries() -> None:
@@ -14,8 +15,17 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Printable("%(message)s"))
     # of several processes the first speaks for all
     logging.getLogger("longlora").setLevel(logging.INFO if ranks.rank() == 0 else logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     # PEFT looks for a vocabulary change beside a base that is a .gguf file; this package never changes one
     warnings.filterwarnings("ignore", message="Could not find a config file in .*gguf")
+
+
+class _Printable(logging.Formatter):
+    """Names of files, headings and what teachers say stand in messages: nothing in them commands the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))

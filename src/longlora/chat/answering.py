@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from longlora.chat.attention_sinks import SinkWindow
-from longlora.chat.prefix_cache import PrefixCaches, ReadTokens
+from longlora.chat.prefix_cache import PrefixCaches, ReadTokens, forget_lengths, frequencies_change_at
 from longlora.chat.sampling import Sampler
 from longlora.model.lm_head import mixed_precision, unwrapped
 
@@ -52,6 +52,7 @@ class Answerer:
         self._model = cast(Any, unwrapped(model))
         takes = inspect.signature(self._model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._changes_at = frequencies_change_at(model)
         self._piece = PIECE_TOKENS if sinks is None else max(1, min(PIECE_TOKENS, sinks.recent // 2))
 
     def answer(
@@ -72,7 +73,12 @@ class Answerer:
             prompt: token ids (N,), at least one.
             stop: set from any thread, it ends the answer before the next piece or token.
         """
-        read = self.caches.take(prompt)
+        # keys of frequencies that change with the length belong together only where they were read in one go
+        at_once = self._changes_at is not None and len(prompt) > self._changes_at
+        if at_once:
+            forget_lengths(self._model)
+        read = self.caches.fresh() if at_once else self.caches.take(prompt)
+        piece = len(prompt) if at_once else self._piece
         whole = True
         try:
             reused = len(read.tokens)
@@ -83,7 +89,7 @@ class Answerer:
                     yield Ended("stopped")
                     return
                 whole = False
-                logits = self._read(read, prompt[len(read.tokens) : len(read.tokens) + self._piece])
+                logits = self._read(read, prompt[len(read.tokens) : len(read.tokens) + piece])
                 whole = True
                 yield Reading(len(read.tokens), len(prompt), reused)
             assert logits is not None, "a prompt has at least one token that is read"
@@ -103,7 +109,7 @@ class Answerer:
             yield Ended("length")
         finally:
             # in the middle of a pass some layers have the new keys and others do not
-            if whole:
+            if whole and (self._changes_at is None or len(read.tokens) <= self._changes_at):
                 self.caches.keep(read)
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from longlora.chat.prefix_cache import ReadTokens
+from longlora.chat.prefix_cache import ReadTokens, frequencies_change_at
 from longlora.errors import UserError
 from longlora.model.lm_head import unwrapped
 
@@ -95,7 +95,7 @@ class SinkWindow:
         windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
         if self._apply is None or self._rotary is None or layer_types != {"full_attention"}:
             return False
-        if (windowed and not hasattr(config, "layer_types")) or _changes_with_length(self._rotary):
+        if (windowed and not hasattr(config, "layer_types")) or frequencies_change_at(base) is not None:
             return False
         cache = DynamicCache()
         token = torch.full((2, 1), min(7, config.vocab_size - 1), device=base.device)
@@ -107,11 +107,3 @@ class SinkWindow:
             if error > 0.05 * keys.abs().max():
                 return False
         return True
-
-
-def _changes_with_length(rotary: Any) -> bool:
-    """Whether the frequencies depend on the length read so far, so that one turn does not fit all keys."""
-    rope = rotary.config.get_text_config().rope_parameters
-    return rotary.rope_type == "dynamic" or (
-        rotary.rope_type == "longrope" and rope["short_factor"] != rope["long_factor"]
-    )

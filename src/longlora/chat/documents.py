@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from longlora.corpus.documents import Document
+from longlora.corpus.encoding import count_tokens
 from longlora.corpus.formats import Text, read_file
+from longlora.corpus.records import inner_name
 from longlora.errors import UserError
 from longlora.longqa.planning import material_of, title_of
 from longlora.longqa.sections import Section, cut
 
-_DATA_SETS = (".jsonl", ".json.gz", ".jsonl.gz", ".jsonl.zst", ".parquet")
+_DATA_SETS = (".json", ".jsonl", ".ndjson", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def read_document(path: Path, tokenizer: Any, *, material: str = "auto", name: s
         raise UserError(f"'{shown}' is a folder: give the files in it that you want to ask about.")
     if not path.exists():
         raise UserError(f"'{shown}' does not exist: give a file (txt, md, source code, HTML, EPUB, PDF).")
-    if path.name.lower().endswith(_DATA_SETS):
+    if inner_name(path).endswith(_DATA_SETS):
         raise UserError(f"'{shown}' is a data set, not a document: give a txt, md, HTML, EPUB or PDF file.")
     try:
         with closing(read_file(path, "text")) as texts:
@@ -99,6 +101,6 @@ def read_document(path: Path, tokenizer: Any, *, material: str = "auto", name: s
         raise UserError(f"'{shown}' is empty: there is no text in it to ask about.")
     name = name or path.name
     document = Document(name, text)
-    tokens = len(tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+    tokens = count_tokens(tokenizer, text)
     kind = material_of(document) if material == "auto" else material
     return ChatDocument(name, text, tokens, kind, title_of(document))

@@ -57,6 +57,10 @@ class PrefixCaches:
         """Tokens whose keys and values are kept now."""
         return sum(read.slots for read in self._kept)
 
+    def fresh(self) -> ReadTokens:
+        """A cache of nothing."""
+        return ReadTokens(self._new_cache())
+
     def take(self, prompt: list[int]) -> ReadTokens:
         """A cache of the longest kept beginning of `prompt`, always less than the whole; it is the caller's now."""
         best, shared = None, 0
@@ -65,7 +69,7 @@ class PrefixCaches:
             if length > shared:
                 best, shared = read, length
         if best is None:
-            return ReadTokens(self._new_cache())
+            return self.fresh()
         if len(best.tokens) - shared > shared:
             return self._copied(best, shared)
         self._kept = [read for read in self._kept if read is not best]
@@ -105,6 +109,31 @@ class PrefixCaches:
         be cut; a model of other layers (Mamba's) brings its own kind, which cannot."""
         kinds: set[Any] = set(getattr(self._config, "layer_types", None) or ())
         return DynamicCache() if kinds <= _ATTENTION else DynamicCache(config=self._config)
+
+
+def frequencies_change_at(model: nn.Module) -> int | None:
+    """The length in tokens above which the model's rotary frequencies are others than below it (longrope, dynamic NTK).
+
+    Keys read below it and above it, or with dynamic NTK at two lengths above it, do not belong together. None where
+    the frequencies are the same at all lengths.
+    """
+    changes = []
+    for rotary in cast(list[Any], [module for module in unwrapped(model).modules() if hasattr(module, "rope_type")]):
+        kinds = rotary.rope_type if isinstance(rotary.rope_type, dict) else {None: rotary.rope_type}
+        for layers, kind in kinds.items():
+            rope = rotary.config.rope_parameters if layers is None else rotary.config.rope_parameters[layers]
+            if kind == "dynamic":
+                changes.append(int(rotary.original_max_seq_len))
+            elif kind == "longrope" and rope["short_factor"] != rope["long_factor"]:
+                changes.append(int(rope["original_max_position_embeddings"]))
+    return min(changes, default=None)
+
+
+def forget_lengths(model: nn.Module) -> None:
+    """Dynamic NTK keeps the frequencies of the longest text so far: let the next one have those of its own length."""
+    for rotary in cast(list[Any], [module for module in unwrapped(model).modules() if hasattr(module, "rope_type")]):
+        for name in [each for each in vars(rotary) if each.endswith("max_seq_len_cached")]:
+            setattr(rotary, name, rotary.original_max_seq_len)
 
 
 def common_prefix(one: list[int], other: list[int]) -> int:

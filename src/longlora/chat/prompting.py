@@ -5,7 +5,6 @@ plain            Below is a book … Now the material ends. Who is Ahab?\nAnswer
 plain, no document   what was written, for the model to go on with
 """
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 
 from longlora.chat.documents import ChatDocument
 from longlora.corpus.conversations import ConversationFormat, Turns
-from longlora.corpus.encoding import beginning
+from longlora.corpus.encoding import beginning, encode
 from longlora.evaluation.prompting import PromptFormat
 from longlora.longqa.prompts import material_opening
 from longlora.model.lm_head import unwrapped
@@ -38,8 +37,7 @@ class ChatPrompts:
         if prompt_format == "auto":
             prompt_format = "template" if tokenizer.chat_template else "plain"
         self.name, self.tokenizer = prompt_format, tokenizer
-        self.lock = threading.RLock()
-        """A fast tokenizer called from two threads at a time fails ("Already borrowed"): hold this to call it."""
+        self._beginning = beginning(tokenizer)
         self._format = None if prompt_format == "plain" else ConversationFormat(tokenizer, prompt_format)
         chat = "yes" if prompt_format == "template" else "no"
         self.stop_tokens = PromptFormat(tokenizer, chat=chat).stop_tokens(unwrapped(model))
@@ -53,10 +51,9 @@ class ChatPrompts:
         """
         opening = "".join(material_opening(each.text, each.material, each.title) for each in documents)
         first = {"role": "user", "content": opening + turns[0]["content"]}
-        with self.lock:
-            if self._format is not None:
-                return self._format.prompt([first, *turns[1:]])
-            return beginning(self.tokenizer) + self._plain([first, *turns[1:]], bool(documents))
+        if self._format is not None:
+            return self._format.prompt([first, *turns[1:]])
+        return self._beginning + self._plain([first, *turns[1:]], bool(documents))
 
     def ends_answer(self, text: str) -> int | None:
         """Offset at which a plain answer goes over into a next question of the model's own; None while it does not."""
@@ -76,8 +73,7 @@ class ChatPrompts:
                 text += turn["content"]
             else:
                 text += _QUESTION + turn["content"] + _ANSWER if asked else "\n\n" + turn["content"]
-        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        return list(self.tokenizer(text, **options, split_special_tokens=True)["input_ids"])
+        return encode(self.tokenizer, [text])[0]
 
 
 class AnswerText:

@@ -1,19 +1,28 @@
 """What the page sends, checked: a request may come from anything that speaks HTTP."""
 
+import json
 from typing import Any
 
 from aiohttp import web
 
 from longlora.chat.documents import ChatDocument
+from longlora.corpus.decoding import LONE_SURROGATES, encodable
 from longlora.errors import UserError
+
+MOST_REFERENCES = 32
+"""Documents that one question may be about."""
 
 
 async def json_body(request: web.Request) -> dict[str, Any]:
     """The JSON object of a request; raises UserError where it is none."""
+    content = await request.read()
     try:
-        body = await request.json()
-    except ValueError as error:  # UnicodeDecodeError is one
-        raise UserError("the request is not JSON.") from error
+        # half a character (a lone surrogate, which JSON can write) is replaced: nothing could be done with it
+        body = json.loads(content)
+        whole = json.dumps(body, ensure_ascii=False)
+        body = json.loads(encodable(whole)) if LONE_SURROGATES.search(whole) else body
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one
+        raise UserError("the request is not JSON, or is nested too deeply.") from error
     if not isinstance(body, dict):
         raise UserError("the request must be a JSON object.")
     return body
@@ -25,6 +34,14 @@ def objects(body: dict[str, Any], name: str) -> list[dict[str, Any]]:
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
         raise UserError(f'"{name}" must be a list of objects.')
     return found
+
+
+def references(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a question is about, each of it once; raises UserError where that is too much."""
+    found = objects(body, "documents")
+    if len(found) > MOST_REFERENCES:
+        raise UserError(f"a question may be about {MOST_REFERENCES} documents, not {len(found):,}.")
+    return [each for at, each in enumerate(found) if each not in found[:at]]
 
 
 def plain_turns(body: dict[str, Any]) -> list[dict[str, str]]:

@@ -34,10 +34,10 @@ from longlora.chat.answering import Reading
 from longlora.chat.documents import ChatDocument, read_document
 from longlora.chat.exporting import FORMATS, as_json, as_markdown
 from longlora.chat.guarding import guard, is_local, set_headers
-from longlora.chat.request_bodies import json_body, named_documents, objects, plain_turns
+from longlora.chat.request_bodies import json_body, named_documents, plain_turns, references
 from longlora.chat.session import Answer, ChatModel, ChatSession
 from longlora.chat.turns import Turns
-from longlora.errors import UserError
+from longlora.errors import UserError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,9 @@ FILES = {
 
 MOST_DOCUMENTS = 200
 CONVERSATION_BYTES = 8_000_000
+READERS = 4
+"""Documents read at a time: a long one holds up no question about another."""
+
 _MODEL_THREAD, _READING_THREAD = "longlora-model", "longlora-reading"
 
 Event = tuple[str, dict[str, Any]]
@@ -70,7 +73,7 @@ class Page:
         self._turns = Turns()
         self._stops: dict[str, threading.Event] = {}
         self._answering = ThreadPoolExecutor(1, _MODEL_THREAD)
-        self._reading = ThreadPoolExecutor(1, _READING_THREAD)
+        self._reading = ThreadPoolExecutor(READERS, _READING_THREAD)
 
     @property
     def answers_under_way(self) -> int:
@@ -117,7 +120,7 @@ class Page:
         )
 
     async def _add_document(self, request: web.Request) -> web.Response:
-        name = Path(request.query.get("name", "").replace("\\", "/")).name.strip() or "document.txt"
+        name = _shown_name(request.query.get("name", ""))
         if len(self.documents) >= MOST_DOCUMENTS:
             raise UserError(f"there are {MOST_DOCUMENTS} documents here already: remove one first.")
         limit = int(self.model.settings.page.upload_megabytes * 1e6)
@@ -144,29 +147,27 @@ class Page:
         return await asyncio.get_running_loop().run_in_executor(self._reading, function, *arguments)
 
     def _read(self, path: Path, name: str) -> ChatDocument:
-        with self.model.prompts.lock:
-            return read_document(path, self.model.tokenizer, material=self.model.settings.material, name=name)
+        return read_document(path, self.model.tokenizer, material=self.model.settings.material, name=name)
 
     def _described(self, number: str) -> dict[str, Any]:
         """A document's length against the room it has, and where it has too little its sections."""
         document = self.documents[number]
-        with self.model.prompts.lock:
-            surplus, sections = self.model.surplus([document]), []
-            if surplus:
-                sections = document.sections(self.model.section_budget(document), self.model.tokenizer)
-            return {
-                "id": number,
-                "name": document.name,
-                "tokens": document.tokens,
-                "characters": len(document.text),
-                "material": document.material,
-                "room": self.model.room([document]),
-                "surplus": surplus,
-                "sections": [
-                    {"number": at, "heading": each.heading, "tokens": each.tokens}
-                    for at, each in enumerate(sections, start=1)
-                ],
-            }
+        surplus, sections = self.model.surplus([document]), []
+        if surplus:
+            sections = document.sections(self.model.section_budget(document), self.model.tokenizer)
+        return {
+            "id": number,
+            "name": document.name,
+            "tokens": document.tokens,
+            "characters": len(document.text),
+            "material": document.material,
+            "room": self.model.room([document]),
+            "surplus": surplus,
+            "sections": [
+                {"number": at, "heading": each.heading, "tokens": each.tokens}
+                for at, each in enumerate(sections, start=1)
+            ],
+        }
 
     def _known(self, number: Any) -> ChatDocument:
         if not isinstance(number, str) or number not in self.documents:
@@ -185,14 +186,12 @@ class Page:
     def _session(self, body: dict[str, Any]) -> ChatSession:
         """The conversation that a request describes."""
         documents = []
-        for each in objects(body, "documents"):
+        for each in references(body):
             document, section = self._known(each.get("id")), each.get("section")
             if section is not None:
                 if not isinstance(section, int):
                     raise UserError('"section" must be the number of a section.')
-                with self.model.prompts.lock:
-                    budget = self.model.section_budget(document)
-                    document = document.part(section, budget, self.model.tokenizer)
+                document = document.part(section, self.model.section_budget(document), self.model.tokenizer)
             documents.append(document)
         return ChatSession(self.model, documents, plain_turns(body))
 
@@ -283,6 +282,12 @@ def _make_answer(
         put(("error", {"error": f"the model failed ({first}): the terminal has the details."}))
     finally:
         put(None)
+
+
+def _shown_name(given: str) -> str:
+    """The name of an upload without its folder, and without what is no letter to see."""
+    name = printable(given.replace("\\", "/").rpartition("/")[2]).strip()[:200]
+    return name if name.strip(".") else "document.txt"
 
 
 async def _send(stream: web.StreamResponse, event: Event) -> None:

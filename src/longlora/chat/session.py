@@ -184,6 +184,8 @@ class ChatSession:
         """
         began = time.monotonic()
         stop, settings = stop or threading.Event(), settings or self.model.settings.answer
+        if self.model.surplus(self.documents):
+            raise UserError(f"{self.model.too_long(self.documents)}: choose a section, or fewer documents.")
         turns = [*self.turns, {"role": "user", "content": question}]
         prompt = self.model.prompts.prompt(self.documents, turns)
         most = self._most_new_tokens(prompt, settings.answer_tokens)
@@ -243,8 +245,6 @@ class ChatSession:
 
     def _most_new_tokens(self, prompt: list[int], wanted: int) -> int:
         """Tokens that the answer may have."""
-        if self.model.surplus(self.documents):
-            raise UserError(f"{self.model.too_long(self.documents)}: choose a section, or fewer documents.")
         if self.model.sinks is not None or self.model.window is None:
             return wanted
         left = self.model.window - len(prompt)

@@ -13,7 +13,7 @@ from longlora.chat.answering import Reading
 from longlora.chat.documents import ChatDocument, read_document
 from longlora.chat.exporting import as_json, as_markdown
 from longlora.chat.session import Answer, ChatModel, ChatSession
-from longlora.errors import UserError, nearest
+from longlora.errors import UserError, nearest, printable
 from longlora.progress import Progress
 
 HELP = {
@@ -71,15 +71,6 @@ def _ending(answer: Answer) -> str:
     }.get(answer.finish, "")
 
 
-def printable(text: str) -> str:
-    r"""`text` without control characters, by which a model could play with the terminal.
-
-    >>> printable("a\x1b[31mb\tc\n")
-    'a[31mb\tc\n'
-    """
-    return "".join(character for character in text if character in "\n\t" or character.isprintable())
-
-
 @contextmanager
 def _stopped_by_ctrl_c(stop: threading.Event) -> Iterator[None]:
     """The first Ctrl-C sets `stop`, so that no pass through the model is torn; the second is an interrupt as ever."""
@@ -102,7 +93,7 @@ def _stopped_by_ctrl_c(stop: threading.Event) -> Iterator[None]:
 def _note(text: str) -> None:
     """A line beside the conversation, dim on a terminal."""
     dim, plain = ("\033[2m", "\033[0m") if sys.stderr.isatty() else ("", "")
-    print(f"{dim}{text}{plain}", file=sys.stderr, flush=True)
+    print(f"{dim}{printable(text)}{plain}", file=sys.stderr, flush=True)
 
 
 class Conversation:

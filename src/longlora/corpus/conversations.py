@@ -11,7 +11,7 @@ on exactly the prompt tokens that it meets in use.
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -19,14 +19,17 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from longlora.corpus.encoding import beginning
+from longlora.corpus.encoding import beginning, encode
 from longlora.errors import UserError, check_choice
 from longlora.settings import PROMPT_FORMATS
 
 logger = logging.getLogger(__name__)
 
-Turns = Sequence[dict[str, str]]
-"""Messages with `role` and `content`, as chat templates take them."""
+Turns = Sequence[dict[str, Any]]
+"""Messages with `role` and `content` as chat templates take them, and with what a template may know besides:
+`tool_calls`, `reasoning_content`, `thinking`, `name`."""
+
+REASONING = ("reasoning_content", "thinking")
 
 INST_TEMPLATE = (
     "{% for message in messages %}"
@@ -103,44 +106,96 @@ class ConversationFormat:
         """Tokens of a conversation up to where the assistant speaks; the last turn is the user's.
 
         Raises:
-            UserError: the template cannot write these turns.
-        """
-        return self._tokens([self._text(self._adapted(turns), add_generation_prompt=True)])[0]
-
-    def example(self, turns: Turns, where: str = "") -> Example:
-        """A conversation to train on, its last turn the assistant's.
-
-        Each answer carries loss, but for those before the last that the template rewrites once more turns follow (as
-        templates do that take out earlier reasoning).
-
-        Raises:
-            UserError: the template cannot write these turns, or its text or tokens for the last answer do not follow
-                those of the prompt.
+            UserError: the template cannot write these turns, leaves the question out, or could be faked by its words.
         """
         turns = self._adapted(turns)
+        text = self._text(turns, add_generation_prompt=True)
+        if _squeezed(self._marked(turns[-1]["content"])) not in _squeezed(text):
+            raise UserError(
+                "the tokenizer's chat template writes a prompt without the question: mend the template, or give "
+                "--prompt-format inst."
+            )
+        return self._tokens([text])[0]
+
+    def examples(self, turns: Turns, where: str = "", *, every: bool = True, tools: Any = None) -> list[Example]:
+        """A conversation to train on, its last turn the assistant's, with loss on every answer or on the last.
+
+        An answer before the last that the template rewrites once more turns follow (as templates do that take out
+        earlier reasoning) is an example of its own, as the model gave it: the conversation as far as that answer.
+
+        Args:
+            turns: the conversation.
+            where: its place in a file, for messages.
+            every: loss on each answer of the assistant, else on the last alone.
+            tools: descriptions of the tools that templates write for the model.
+
+        Raises:
+            UserError: the template cannot write these turns, or which tokens are the last answer cannot be told.
+        """
+        turns = self._adapted(turns)
+        last, rewritten = self._example(turns, where, tools)
+        if not every:
+            return [replace(last, answers=last.answers[-1:])]
+        earlier = [self._example(turns[: index + 1], where, tools)[0] for index in rewritten]
+        return [*(replace(each, answers=each.answers[-1:]) for each in earlier), last]
+
+    def example(self, turns: Turns, where: str = "") -> Example:
+        """The last of `examples`: the whole, with loss on each answer that the template leaves as it is."""
+        return self.examples(turns, where)[-1]
+
+    def _example(self, turns: Turns, where: str, tools: Any) -> tuple[Example, list[int]]:
+        """The conversation, and the indices of those answers before the last that carry no loss in it."""
         place = f"{where}: " if where else ""
-        whole = self._text(turns, place)
+        options = {"tools": tools, "thinking": any(map(_reasons, turns))}
+        whole = self._text(turns, place, **options)
         borders: list[int] = []
+        rewritten: list[int] = []
         for index, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue
             last = index == len(turns) - 1
-            before = self._text(turns[:index], place, add_generation_prompt=True)
-            after = whole if last else self._text(turns[: index + 1], place)
+            before = self._text(turns[:index], place, add_generation_prompt=True, **options)
+            after = whole if last else self._text(turns[: index + 1], place, **options)
+            visible = _squeezed(self._marked(_visible(turn)))
+            if last and not after.startswith(before):
+                whole = after = self._continued(before, after, turn, place)
             answer = after[len(before) :].rstrip()
-            if after.startswith(before) and whole.startswith(after) and _squeezed(turn["content"]) in _squeezed(answer):
+            if after.startswith(before) and whole.startswith(after) and visible in _squeezed(answer) and answer:
                 borders += [len(before), len(before) + len(answer)]
             elif last:
-                raise UserError(
-                    f"{place}the tokenizer's chat template writes a conversation otherwise once it is answered, so "
-                    "which tokens are the answer cannot be told: mend the template, or give --prompt-format inst."
-                )
+                raise self._untold(place)
+            else:
+                rewritten.append(index)
         tokens, places = self._tokens_and_places(whole[: borders[-1]], borders, place)
         if tokens[-1] not in self.tokenizer.added_tokens_decoder and self.tokenizer.eos_token_id is not None:
             tokens.append(self.tokenizer.eos_token_id)  # or the model would never learn to stop
             places[-1] += 1
         answers = tuple(zip(places[::2], places[1::2], strict=True))
-        return Example(np.array(tokens, dtype=np.int32), answers, where)
+        return Example(np.array(tokens, dtype=np.int32), answers, where), rewritten
+
+    def _continued(self, before: str, after: str, turn: dict[str, Any], place: str) -> str:
+        """The prompt in use, and the answer after it, where the template writes answers that are past without their
+        reasoning (DeepSeek-R1's): the prompt has opened it, so the answer closes it, though it be empty."""
+        visible = self._marked(_visible(turn)).strip()
+        at = after.rfind(visible)
+        if not visible or at < 0 or not before.rstrip().endswith("<think>"):
+            raise self._untold(place)
+        spoken = self._marked(turn["content"]).strip()
+        reasoning = next((str(turn[name]) for name in REASONING if turn.get(name)), "")
+        if "</think>" not in spoken:
+            spoken = f"{reasoning}\n</think>\n\n{spoken}"
+        return (
+            before
+            + spoken.removeprefix("<think>").lstrip("\n" if reasoning or spoken[0] == "<" else "")
+            + (after[at + len(visible) :])
+        )
+
+    @staticmethod
+    def _untold(place: str) -> UserError:
+        return UserError(
+            f"{place}the tokenizer's chat template writes a conversation otherwise once it is answered, so "
+            "which tokens are the answer cannot be told: mend the template, or give --prompt-format inst."
+        )
 
     def _tokens_and_places(self, text: str, borders: list[int], place: str) -> tuple[list[int], list[int]]:
         """Tokens of `text`, and at which token each border, a number of characters, lies; the last is the end."""
@@ -167,23 +222,30 @@ class ConversationFormat:
         return [token for place, piece in enumerate(pieces) for token in self._ids(piece, as_letters=place % 2 == 1)]
 
     def _ids(self, text: str, as_letters: bool = False) -> list[int]:
-        # verbose=False: longer than `model_max_length` is what this is for
-        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        return list(self.tokenizer(text, **options, split_special_tokens=as_letters)["input_ids"]) if text else []
+        return encode(self.tokenizer, [text], special_tokens=not as_letters)[0] if text else []
 
     def _said(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
-    def _text(self, turns: Turns, place: str = "", **options: Any) -> str:
+    def _text(self, turns: Turns, place: str = "", thinking: bool = False, **options: Any) -> str:
+        """What the template writes; `thinking` as the data has it, or models that think would before a short answer."""
+        written = [{name: self._marked(value) for name, value in turn.items()} for turn in turns]
+        if self._in_parts:
+            for turn in written:
+                turn["content"] = [{"type": "text", "text": turn["content"]}]
+        for turn in turns if self._plain_marker else ():
+            if turn["role"] != "assistant" and self._plain_marker in str(turn["content"]):
+                raise UserError(
+                    f"{place}the {turn['role']}'s text has '{self._plain_marker}' in it, by which this prompt format "
+                    "says that the assistant speaks, and which is no token of its own: take it out, or give a model "
+                    "whose chat template marks turns with special tokens."
+                )
+        return self._rendered(written, place, enable_thinking=thinking, **options)
+
+    def _rendered(self, turns: Turns, place: str = "", **options: Any) -> str:
         try:
             return str(
-                self.tokenizer.apply_chat_template(
-                    [self._with_marks(turn) for turn in turns],
-                    chat_template=self.template,
-                    tokenize=False,
-                    enable_thinking=False,  # Qwen3 and its like would think before a short answer
-                    **options,
-                )
+                self.tokenizer.apply_chat_template(turns, chat_template=self.template, tokenize=False, **options)
             )
         except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
             roles = ", ".join(turn["role"] for turn in turns)
@@ -192,11 +254,39 @@ class ConversationFormat:
                 f"({str(error).partition(chr(10))[0]}): mend the template, or give --prompt-format inst."
             ) from error
 
-    def _with_marks(self, turn: dict[str, str]) -> dict[str, str]:
-        if turn["role"] == "assistant":
-            return turn
-        content = turn["content"].replace(_OPEN, "").replace(_CLOSE, "")
-        return {**turn, "content": self._special.sub(rf"{_OPEN}\g<0>{_CLOSE}", content)}
+    @cached_property
+    def _in_parts(self) -> bool:
+        """Whether the template reads a turn's content as a list of parts, as those of models that see do."""
+        words = "the question's words"
+
+        def says(content: Any) -> bool:
+            try:
+                return words in self._rendered([{"role": "user", "content": content}], add_generation_prompt=True)
+            except UserError:
+                return False
+
+        return not says(words) and says([{"type": "text", "text": words}])
+
+    @cached_property
+    def _plain_marker(self) -> str:
+        """What stands between a question and its answer, where it is plain text that a document could hold too."""
+        words = ["the question's words", "the answer's words"]
+        turns = [{"role": role, "content": each} for role, each in zip(("user", "assistant"), words, strict=True)]
+        if self._in_parts:
+            return ""
+        try:
+            between = self._rendered(turns).partition(words[0])[2].rpartition(words[1])[0]
+        except UserError:
+            return ""
+        return "" if self._special.search(between) else between.strip()
+
+    def _marked(self, value: Any) -> Any:
+        """Text, and text within lists and objects, with special tokens' letters marked as letters."""
+        if isinstance(value, str):
+            return self._special.sub(rf"{_OPEN}\g<0>{_CLOSE}", value.replace(_OPEN, "").replace(_CLOSE, ""))
+        if isinstance(value, list | tuple):
+            return [self._marked(each) for each in value]
+        return {name: self._marked(each) for name, each in value.items()} if isinstance(value, dict) else value
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
@@ -223,6 +313,18 @@ class ConversationFormat:
             return True
         logger.info("the prompt format has no system turn: its text goes before the user's")
         return False
+
+
+def _reasons(turn: dict[str, Any]) -> bool:
+    """Whether a turn holds reasoning."""
+    return turn["role"] == "assistant" and (
+        "</think>" in (turn["content"] or "") or any(turn.get(name) for name in REASONING)
+    )
+
+
+def _visible(turn: dict[str, Any]) -> str:
+    """An answer without its reasoning, which templates move or take out."""
+    return str(turn["content"] or "").rpartition("</think>")[2]
 
 
 def _squeezed(text: str) -> str:

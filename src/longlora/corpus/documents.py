@@ -6,13 +6,15 @@ what is passed over, and the sentences for what is missing.
 
 import logging
 import os
-from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 from longlora.corpus.formats import Text, UnreadableFileError, hub_address, read_file, read_hub
+from longlora.corpus.records import Malformed
 from longlora.corpus.standard_library import standard_library_files, standard_library_folder
 from longlora.errors import UserError, nearest
 
@@ -21,6 +23,23 @@ logger = logging.getLogger(__name__)
 _CACHE_FOLDERS = ("__pycache__", "node_modules")
 _CACHE_TAG = "CACHEDIR.TAG"
 """A file of this name marks its folder as a cache (bford.info/cachedir)."""
+
+
+NAMED = 3
+"""Places of malformed records named to people."""
+
+
+class Position(NamedTuple):
+    """How far the sources have been read, and what was passed over so far."""
+
+    file: int = 0
+    """The number of the file or hub data set, from 1."""
+
+    texts: int = 0
+    """Texts and malformed records of it."""
+
+    skipped: Mapping[str, int] = MappingProxyType({})
+    malformed: int = 0
 
 
 @dataclass(frozen=True)
@@ -32,6 +51,8 @@ class Document:
 
     text: str
     """The whole text, never empty."""
+
+    position: Position = field(default=Position(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -60,77 +81,140 @@ class Tally:
     bytes_read: int = 0
     """Bytes of all files read so far, compressed bytes for a compressed file; hub records do not count."""
 
-    skipped: Counter[str] = field(default_factory=Counter)
-    """Files and documents passed over, by kind."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Files and documents passed over, by kind; never changed, but replaced."""
+
+    malformed: list[str] = field(default_factory=list)
+    """Places of the records passed over because they are malformed."""
+
+    file: int = 0
+    """Files and hub data sets begun, the present one among them."""
+
+    texts: int = 0
+    """Texts and malformed records met in the present one."""
+
+    def skip(self, kind: str) -> None:
+        """One file or document more is passed over."""
+        self.skipped = {**self.skipped, kind: self.skipped.get(kind, 0) + 1}
 
     def sentence(self) -> str:
         """What was passed over, in words; empty when nothing was."""
-        counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.skipped.items()))
-        return f"passed over while reading: {counts}" if counts else ""
+        counts = [f"{count:,} {kind}" for kind, count in sorted(self.skipped.items())]
+        if self.malformed:
+            more = f" and {len(self.malformed) - NAMED:,} more" if len(self.malformed) > NAMED else ""
+            counts.append(f"{len(self.malformed):,} malformed records ({', '.join(self.malformed[:NAMED])}{more})")
+        return f"passed over while reading: {', '.join(counts)}" if counts else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How sources are read."""
+
+    text_field: str = "text"
+    """The field that holds the text in JSON, parquet and hub records; `doc.text` for one within another."""
+
+    encoding: str = "auto"
+    """Of text and HTML files."""
+
+    skip_malformed: int = 0
+    """Malformed records that may be passed over."""
+
+    held_out: bool | None = None
+    """True for the standard library's held-out modules, False for the others, None for all."""
+
+    revisions: Mapping[str, str | None] = field(default_factory=dict)
+    """Commits at which hub data sets are read."""
 
 
 def read_documents(
-    sources: Sequence[str], *, text_field: str = "text", held_out: bool | None = None, tally: Tally | None = None
+    sources: Sequence[str], reading: Reading = Reading(), tally: Tally | None = None, *, begin: tuple[int, int] = (0, 0)
 ) -> Generator[Document, None, None]:
     """The documents of all `sources` in the order given, one in memory at a time.
 
-    A source is `stdlib` (the standard library's source; `held_out` selects one side of its split and means nothing
-    to other sources), `hub:NAME[:CONFIG][:SPLIT]`, a file, or a folder. A folder is walked in sorted order; hidden
-    entries, symbolic links to folders and caches are left out, binary files, PDFs without text and empty documents
-    are counted and logged in one sentence at the end.
+    A source is `stdlib` (the standard library's source), `hub:NAME[:CONFIG][:SPLIT]`, a file, or a folder. A folder is
+    walked in sorted order; hidden entries, symbolic links to folders and caches are left out, binary files, PDFs
+    without text and empty documents are counted and logged in one sentence at the end.
 
     Args:
         sources: what to read.
-        text_field: the field that holds the text in JSONL, parquet and hub records.
-        held_out: True for the standard library's held-out modules, False for the others, None for all.
-        tally: filled with counts while reading, for a progress display.
+        reading: how.
+        tally: filled with counts while reading, for a progress display; when reading goes on, with what was met before.
+        begin: `(tally.file, tally.texts)` after the last document of an earlier reading of the same sources: goes on
+            with the next one.
 
     Raises:
-        UserError: on the first document asked for or later: a source is missing, empty, unreadable or malformed.
+        UserError: on the first document asked for or later: a source is missing, empty or unreadable, or more records
+            are malformed than may be.
     """
     if not sources:
         raise UserError("no data was given: name files, folders, 'hub:NAME' or 'stdlib' with --data.")
     tally = tally or Tally()
+    tally.file = tally.texts = tally.bytes_read = 0
     try:
         for source in sources:
-            before = tally.documents
-            yield from _documents_of(source, text_field, held_out, tally)
-            if tally.documents == before:
+            before, first = tally.documents, tally.file + 1
+            yield from _documents_of(source, reading, tally, begin)
+            if tally.documents == before and first > begin[0]:
                 detail = tally.sentence()
                 raise UserError(f"'{source}' holds no text{' (' + detail + ')' if detail else ''}: give other --data.")
     finally:
-        if tally.skipped:
+        if tally.sentence():
             logger.warning("%s", tally.sentence())
 
 
-def _documents_of(source: str, text_field: str, held_out: bool | None, tally: Tally) -> Iterator[Document]:
+def _documents_of(source: str, reading: Reading, tally: Tally, begin: tuple[int, int]) -> Iterator[Document]:
     if is_hub(source):
-        with closing(read_hub(source, text_field)) as texts:
-            yield from _counted(texts, source, 0, tally)
+        tally.file += 1
+        texts = read_hub(source, reading.text_field, reading.revisions.get(source))
+        with closing(texts):
+            yield from _counted(texts, source, 0, reading, tally, begin)
         return
-    for file in source_files(source, held_out):
+    for file in source_files(source, reading.held_out):
+        tally.file += 1
         begun_at = tally.bytes_read
+        if tally.file < begin[0]:
+            tally.bytes_read += file.size
+            continue
         if file.size == 0:
-            tally.skipped["empty documents"] += 1
+            tally.skip("empty documents")
             continue
         try:
-            with closing(read_file(file.path, text_field)) as texts:
-                yield from _counted(texts, file.name, begun_at, tally)
+            with closing(read_file(file.path, reading.text_field, reading.encoding)) as texts:
+                yield from _counted(texts, file.name, begun_at, reading, tally, begin)
         except UnreadableFileError as unreadable:
             if file.named:
                 raise
-            tally.skipped[f"files ({unreadable.kind})"] += 1
+            tally.skip(f"files ({unreadable.kind})")
         tally.bytes_read = begun_at + file.size
 
 
-def _counted(texts: Iterator[Text], name: str, begun_at: int, tally: Tally) -> Iterator[Document]:
-    for where, text, bytes_read in texts:
-        tally.bytes_read = begun_at + bytes_read
-        if not text or text.isspace():
-            tally.skipped["empty documents"] += 1
+def _counted(
+    texts: Iterator[Text | Malformed], name: str, begun_at: int, reading: Reading, tally: Tally, begin: tuple[int, int]
+) -> Iterator[Document]:
+    tally.texts = 0
+    for found in texts:
+        tally.texts += 1
+        tally.bytes_read = begun_at + found.bytes_read
+        if (tally.file, tally.texts) <= begin:
             continue
-        tally.documents += 1
-        yield Document(name + where, text)
+        if isinstance(found, Malformed):
+            _pass_over(found, name, reading, tally)
+        elif not found.text or found.text.isspace():
+            tally.skip("empty documents")
+        else:
+            tally.documents += 1
+            position = Position(tally.file, tally.texts, tally.skipped, len(tally.malformed))
+            yield Document(name + found.where, found.text, position)
+
+
+def _pass_over(found: Malformed, name: str, reading: Reading, tally: Tally) -> None:
+    if len(tally.malformed) >= reading.skip_malformed:
+        more = f" {len(tally.malformed):,} before it were passed over." if tally.malformed else ""
+        raise UserError(
+            f"'{name}', {found.where}: {found.reason}. Mend or remove it, or let so many malformed records be passed "
+            f"over with --skip-malformed N.{more}"
+        )
+    tally.malformed.append(f"{name}, {found.where}")
 
 
 def is_hub(source: str) -> bool:

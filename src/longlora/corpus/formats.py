@@ -1,44 +1,48 @@
-"""How one file, or one hub data set, becomes texts: plain text, HTML, EPUB, PDF, JSONL (plain, gzip, Zstandard),
-parquet, hub.
+"""How one file, or one hub data set, becomes texts: plain text, HTML, EPUB, PDF, records in JSON and parquet.
 
 Every reader is lazy and yields `Text`: at most one text (one batch of `PARQUET_ROWS` rows for parquet) is in memory.
 """
 
-import gzip
-import io
-import json
 import logging
-import re
-import threading
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import NamedTuple
 
-from longlora.corpus.markup import MarkupError, epub_text, html_text
-from longlora.errors import UserError, nearest
+from longlora.corpus.apart import UnparsableError, parse_apart
+from longlora.corpus.decoding import UnknownEncodingError, decoded
+from longlora.corpus.records import (
+    COMPRESSED,
+    LINES,
+    Malformed,
+    inner_name,
+    missing_field,
+    opened,
+    read_records,
+    text_of,
+)
+from longlora.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 PARQUET_ROWS = 32
 """Rows of a parquet file decoded at a time."""
 
-SCANNED_LETTERS = 20
-"""A PDF whose pages have fewer letters than this on average, and hold pictures, is a scan: stamps and page numbers."""
+MOST_TEXT_BYTES = 1_000_000_000
+"""A longer file is no single document."""
 
 _SNIFFED_BYTES = 8192
-_HTML = (".html", ".htm", ".xhtml")
-_PDFIUM = threading.Lock()
-"""PDFium serves one caller at a time."""
+PARSED = {".html": "html", ".htm": "html", ".xhtml": "html", ".epub": "epub", ".pdf": "pdf"}
+"""Endings whose files are read by `longlora.corpus.apart`, and their format."""
 
-_LONE_SURROGATES = re.compile("[\ud800-\udfff]")
+_KNOWN = "text, .html, .epub, .pdf, .json, .jsonl, .ndjson (.gz and .zst of these), .parquet or a folder"
 
 
 class Text(NamedTuple):
     """One text of a file, where in the file it stood, and how far the file has been read."""
 
     where: str
-    """Empty for a whole file, `:12` for line (JSONL), row (parquet) or record (hub) 12."""
+    """Empty for a whole file, `:12` for line (JSONL), row (parquet) or record (JSON, hub) 12."""
 
     text: str
     """The text, always encodable as UTF-8."""
@@ -55,213 +59,117 @@ class UnreadableFileError(UserError):
         self.kind = kind
 
 
-def read_file(path: Path, text_field: str) -> Generator[Text, None, None]:
-    """The texts of the file at `path`, in the format its name says; an unknown ending means UTF-8 text.
+def read_file(path: Path, text_field: str, encoding: str = "auto") -> Generator[Text | Malformed, None, None]:
+    """The texts of the file at `path`, in the format its name says; an unknown ending means text.
+
+    A record that is none, or has no text in `text_field`, is `Malformed`.
 
     Raises:
         UnreadableFileError: it is binary, or a PDF, EPUB or HTML that is encrypted, damaged or without text.
-        UserError: it cannot be opened, is damaged, or a record is malformed or lacks `text_field`.
+        UserError: it cannot be opened or is damaged.
     """
     try:
-        yield from _reader(path)(path, text_field)
+        yield from _reader(path)(path, text_field, encoding)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"'{path}' cannot be read: {reason}. Check its permissions and that it is whole.") from error
 
 
-def _reader(path: Path) -> Callable[[Path, str], Iterator[Text]]:
-    name = path.name.lower()
-    if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-        return _read_jsonl
-    readers = {".parquet": _read_parquet, ".pdf": _read_pdf, ".epub": _read_epub}
-    return readers.get(path.suffix.lower(), _read_html if name.endswith(_HTML) else _read_text)
+def _reader(path: Path) -> Callable[[Path, str, str], Iterator[Text | Malformed]]:
+    name = inner_name(path)
+    if name.endswith((*LINES, ".json")):
+        return _read_json
+    if path.suffix.lower() == ".parquet":
+        return _read_parquet
+    return _read_parsed if Path(name).suffix in PARSED else _read_text
 
 
-def _read_text(path: Path, text_field: str) -> Iterator[Text]:
-    kind = "binary or not UTF-8"
-    if _head(path).startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UnreadableFileError(kind, f"'{path}' is UTF-16 text: save it as UTF-8.")
-    _refuse_binary(path)
+def _read_text(path: Path, text_field: str, encoding: str) -> Iterator[Text]:
+    with opened(path) as (stream, _):
+        content = stream.read(_SNIFFED_BYTES)
+        if b"\0" in content and encoding == "auto" and not content.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise UnreadableFileError("binary or in no known encoding", f"'{path}' is a binary file: give {_KNOWN}.")
+        content += stream.read(MOST_TEXT_BYTES)
+    if len(content) > MOST_TEXT_BYTES:
+        raise UnreadableFileError("too large", f"'{path}' has more than {MOST_TEXT_BYTES:,} bytes of text: split it.")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
+        text = decoded(content, encoding)
+    except UnknownEncodingError as error:
         raise UnreadableFileError(
-            kind, f"'{path}' is not UTF-8 text ({error.reason} at byte {error.start}): convert it to UTF-8."
+            "binary or in no known encoding",
+            f"'{path}' is {error}: name its encoding with --encoding, or give {_KNOWN}.",
         ) from error
     yield Text("", text, path.stat().st_size)
 
 
-def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(_SNIFFED_BYTES)
-
-
-def _refuse_binary(path: Path) -> None:
-    if b"\0" in _head(path):
-        raise UnreadableFileError(
-            "binary or not UTF-8",
-            f"'{path}' is a binary file: give UTF-8 text, .html, .epub, .pdf, .jsonl, .jsonl.gz, .jsonl.zst, "
-            ".parquet or a folder.",
-        )
-
-
-def _read_html(path: Path, text_field: str) -> Iterator[Text]:
-    if not _head(path).startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16, whose every other byte may be zero
-        _refuse_binary(path)
-    yield _from_markup(path, lambda: html_text(path.read_bytes()))
-
-
-def _read_epub(path: Path, text_field: str) -> Iterator[Text]:
-    yield _from_markup(path, lambda: epub_text(path))
-
-
-def _from_markup(path: Path, text_of: Callable[[], str]) -> Text:
+def _read_parsed(path: Path, text_field: str, encoding: str) -> Iterator[Text]:
+    name = inner_name(path)
+    if path.suffix.lower() in COMPRESSED:
+        raise UnreadableFileError("compressed twice", f"'{path}' is compressed: unpack it first.")
+    kind = PARSED[Path(name).suffix]
+    if kind == "html":
+        with path.open("rb") as file:
+            head = file.read(_SNIFFED_BYTES)
+        if b"\0" in head and not head.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise UnreadableFileError("binary or in no known encoding", f"'{path}' is a binary file: give {_KNOWN}.")
     try:
-        return Text("", _encodable(text_of()), path.stat().st_size)
-    except MarkupError as error:
+        yield Text("", parse_apart(path, kind, encoding), path.stat().st_size)
+    except UnparsableError as error:
         raise UnreadableFileError(error.kind, f"'{path}' {error}") from error
 
 
-def _read_jsonl(path: Path, text_field: str) -> Iterator[Text]:
-    with path.open("rb") as raw:
-        stream: IO[bytes] = raw
-        if path.suffix.lower() == ".gz":
-            stream = cast(IO[bytes], gzip.GzipFile(fileobj=raw))
-        elif path.suffix.lower() == ".zst":
-            from pyarrow import CompressedInputStream
-
-            stream = io.BufferedReader(CompressedInputStream(raw, "zstd"), 1 << 20)
-        for number, line in enumerate(stream, start=1):
-            if line.isspace():
-                continue
-            place = f"'{path}', line {number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{place}: not valid JSON ({error}). Each line must be one object "
-                    f'such as {{"{text_field}": "…"}}: mend or remove the line.'
-                ) from error
-            yield Text(f":{number}", _field(record, text_field, place), raw.tell())
+def _read_json(path: Path, text_field: str, encoding: str) -> Iterator[Text | Malformed]:
+    for record in read_records(path):
+        if isinstance(record, Malformed):
+            yield record
+            continue
+        try:
+            yield Text(f":{record.number}", text_of(record.value, text_field), record.bytes_read)
+        except ValueError as error:
+            yield Malformed(record.where, str(error), record.bytes_read)
 
 
-def _field(record: object, text_field: str, place: str) -> str:
-    """The text in `text_field` of a record; a null counts as an empty text.
-
-    Raises:
-        UserError: `record` is no object, has no such field, or holds something other than text there.
-    """
-    if not isinstance(record, dict):
-        raise UserError(f"{place}: the record is a {type(record).__name__}, it must be an object with named fields.")
-    if text_field not in record:
-        raise missing_field(text_field, list(record), place)
-    text = record[text_field]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise UserError(
-            f"{place}: field '{text_field}' holds a {type(text).__name__}, it must be text: name another --text-field."
-        )
-    return _encodable(text)
-
-
-def missing_field(text_field: str, fields: list[str], place: str) -> UserError:
-    """The sentence for records that have `fields` but not `text_field`."""
-    has = ", ".join(str(field) for field in fields) or "none"
-    return UserError(
-        f"{place}: no field '{text_field}'; its fields are: {has}. "
-        f"Name the one that holds the text with --text-field. {nearest(text_field, map(str, fields))}".rstrip()
-    )
-
-
-def _encodable(text: str) -> str:
-    """`text` with lone surrogates, which JSON and PDF can carry but UTF-8 cannot, replaced by U+FFFD."""
-    return _LONE_SURROGATES.sub("\ufffd", text)
-
-
-def _read_parquet(path: Path, text_field: str) -> Iterator[Text]:
+def _read_parquet(path: Path, text_field: str, encoding: str) -> Iterator[Text | Malformed]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path, pre_buffer=False) as file:
-            if text_field not in file.schema_arrow.names:
-                raise missing_field(text_field, file.schema_arrow.names, f"'{path}'")
+            names = file.schema_arrow.names
+            column = text_field if text_field in names else text_field.partition(".")[0]
+            if column not in names:
+                raise UserError(f"'{path}': {missing_field(text_field, names)}.")
             row, rows, size = 0, file.metadata.num_rows, path.stat().st_size
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field]):
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[column]):
                 for value in batch.column(0):
                     row += 1
-                    text = _field({text_field: value.as_py()}, text_field, f"'{path}', row {row}")
-                    yield Text(f":{row}", text, size * row // rows)
+                    try:
+                        yield Text(f":{row}", text_of({column: value.as_py()}, text_field), size * row // rows)
+                    except ValueError as error:
+                        yield Malformed(f"row {row}", str(error), size * row // rows)
     except pyarrow.ArrowException as error:
         raise UserError(f"'{path}' cannot be read as parquet: {error}. Check that the file is whole.") from error
 
 
-def _read_pdf(path: Path, text_field: str) -> Iterator[Text]:
-    """By PDFium, which tells words apart where others run them together: it knows where each letter stands."""
-    import pypdfium2
-    from pypdfium2 import raw
-
-    try:
-        with _PDFIUM, pypdfium2.PdfDocument(path) as document:
-            pages, pictures = [], False
-            for page in document:
-                pages.append(_pdf_page(page.get_textpage().get_text_bounded()))
-                pictures = pictures or any(True for _ in page.get_objects(filter=[raw.FPDF_PAGEOBJ_IMAGE]))
-    except pypdfium2.PdfiumError as error:
-        if error.err_code in (raw.FPDF_ERR_PASSWORD, raw.FPDF_ERR_SECURITY):
-            raise UnreadableFileError(
-                "encrypted PDF", f"'{path}' is an encrypted PDF: save it without a password first."
-            ) from error
-        raise UnreadableFileError(
-            "damaged PDF", f"'{path}' cannot be read as PDF ({error}): check that the file is whole."
-        ) from error
-    empty = sum(not page for page in pages)
-    scanned = pictures and sum(map(_letters, pages)) < SCANNED_LETTERS * len(pages)
-    if empty == len(pages) or scanned:
-        raise UnreadableFileError(
-            "scanned PDF, no text layer",
-            f"'{path}' has {'no' if empty == len(pages) else 'hardly any'} text layer on its {len(pages)} pages, they "
-            "are pictures: run OCR on it first (ocrmypdf).",
-        )
-    if empty:
-        logger.info("'%s': %d of %d pages have no text (pictures or blank)", path, empty, len(pages))
-    yield Text("", "\n\n".join(page for page in pages if page), path.stat().st_size)
-
-
-def _pdf_page(text: str) -> str:
-    r"""A page's text as PDFium has it, words that were broken at the end of a line made whole.
-
-    >>> _pdf_page("The hyphen\x02ated US\x02ASCII\r\nline. ")
-    'The hyphenated US-ASCII\nline.'
-    """
-    text = re.sub("(?<=[^\\W\\dA-Z_])\x02(?=[^\\W\\dA-Z_])", "", text).replace("\x02", "-")
-    return _encodable(text.replace("\r\n", "\n").replace("\0", "")).strip()
-
-
-def _letters(text: str) -> int:
-    return sum(character.isalpha() for character in text)
-
-
-def read_hub(source: str, text_field: str) -> Generator[Text, None, None]:
+def read_hub(source: str, text_field: str, revision: str | None = None) -> Generator[Text | Malformed, None, None]:
     """The texts of `hub:NAME[:CONFIG][:SPLIT]`, streamed: nothing is downloaded ahead or kept.
 
     The split is `train` unless given; a single part that is `train`, `validation` or `test` is a split,
     any other a config.
 
     Raises:
-        UserError: the address is malformed, the data set, config or split is unknown, the hub cannot be reached,
-            or a record lacks `text_field`.
+        UserError: the address is malformed, the data set, config or split is unknown, or the hub cannot be reached.
     """
     name, config, split = hub_address(source)
     import datasets
 
     try:
-        records = datasets.load_dataset(name, config, split=split, streaming=True)
+        records = datasets.load_dataset(name, config, split=split, streaming=True, revision=revision)
         for number, record in enumerate(records):
-            yield Text(f":{number}", _field(record, text_field, f"'{source}', record {number}"), 0)
-    except UserError:
-        raise
+            try:
+                yield Text(f":{number}", text_of(record, text_field), 0)
+            except ValueError as error:
+                yield Malformed(f"record {number}", str(error))
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(
             f"hub data set '{name}' is unknown or private: check the name, or log in to the hub."
@@ -273,6 +181,21 @@ def read_hub(source: str, text_field: str) -> Generator[Text, None, None]:
     except Exception as error:  # datasets passes on whatever its file readers and decoders raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(f"hub data set '{source.removeprefix('hub:')}' cannot be read: {reason}.") from error
+
+
+def hub_revision(source: str) -> str | None:
+    """The commit that a hub data set stands at now; None for a local folder, or where the hub does not say."""
+    name = hub_address(source)[0]
+    if Path(name).exists():
+        return None
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        return huggingface_hub.HfApi().dataset_info(name, timeout=20).sha
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        logger.info("the hub does not tell the revision of '%s' (%s)", name, type(error).__name__)
+        return None
 
 
 def hub_address(source: str) -> tuple[str, str | None, str]:

@@ -27,5 +27,8 @@ def held_out_documents(corpus: TokenizedCorpus, context: int) -> np.ndarray:
     candidates = long if len(long) >= FEWEST else indices
     if len(candidates) < FEWEST:
         return candidates[:0]
-    by_name = sorted(candidates.tolist(), key=lambda index: (zlib.crc32(corpus.names[index].encode()), index))
-    return np.sort(np.array(by_name[: min(max(1, len(candidates) // ONE_IN), MOST)], dtype=np.int64))
+    checksums = np.fromiter(
+        (zlib.crc32(corpus.names[index].encode()) for index in candidates), np.uint32, len(candidates)
+    )
+    by_name = candidates[np.argsort(checksums, kind="stable")]
+    return np.sort(by_name[: min(max(1, len(candidates) // ONE_IN), MOST)])

@@ -1,24 +1,16 @@
 """Documents as tokens on disk: tokenised once, in parallel, then memory-mapped by every later run.
 
-    <cache>/corpora/<key>/tokens.bin     all documents end to end, uint16 or uint32
-                          offsets.npy    (documents + 1,) int64: document i is tokens[offsets[i] : offsets[i + 1]]
-                          names.txt      one name a line
-                          info.json      counts, and what the tokens were made from
-
-The key is made from the tokenizer's content and from the path, size and time of change of every file, so that a
-second run opens the tokens without reading a text. An entry appears whole or not at all: it is written beside its
-place under a lock and renamed at the end.
+The key is made from the tokenizer's content, from the path, size and time of change of every file, from the commit of a
+hub data set, and from the versions of what reads pages and PDFs, so that a second run opens the tokens without reading
+a text. `longlora.corpus.shards` says what lies in an entry; one that a kill left unfinished is gone on with.
 """
 
 import errno
 import hashlib
-import io
+import importlib.metadata
 import json
 import logging
 import os
-import shutil
-import uuid
-from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -28,27 +20,34 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from longlora.corpus.documents import Tally, is_hub, read_documents, source_files
+from longlora.corpus.documents import Reading, Tally, is_hub, read_documents, source_files
 from longlora.corpus.encoding import encode_documents, tokenizer_fingerprint
+from longlora.corpus.formats import PARSED, hub_revision
+from longlora.corpus.shards import Entry, Shards, open_entry
 from longlora.errors import UserError
 from longlora.progress import Progress
 from longlora.settings import CorpusSettings
 
 logger = logging.getLogger(__name__)
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 """Raised when the meaning of the cached files changes, so that old entries are not read."""
+
+EXTRACTION = 2
+"""Raised when our own way of making text of pages and PDFs changes."""
+
+_EXTRACTORS = ("trafilatura", "lxml", "pypdfium2")
 
 
 @dataclass(frozen=True, eq=False)
 class TokenizedCorpus:
-    """Documents end to end as tokens; the tokens stay on disk."""
+    """Documents end to end as tokens; all of it stays on disk."""
 
     tokens: np.ndarray
     """(T,) uint16 or uint32, memory-mapped."""
 
     offsets: np.ndarray
-    """(documents + 1,) int64: where each document begins, and the end of the last."""
+    """(documents + 1,) int64: where each document begins, and the end of the last; memory-mapped."""
 
     names: Sequence[str]
     """(documents,) names, as `Document.name`."""
@@ -74,7 +73,13 @@ class TokenizedCorpus:
         # A data loader's worker process maps the file again: pickling a memory map would copy all of it.
         if self.folder is None:
             return TokenizedCorpus, (self.tokens, self.offsets, self.names, self.largest_token, self.from_cache)
-        return _open_entry, (self.folder, self.from_cache)
+        return _opened, (self.folder, self.from_cache)
+
+
+def _opened(folder: Path, from_cache: bool) -> TokenizedCorpus:
+    entry = open_entry(folder)
+    assert entry is not None, f"the cache entry {folder} is gone"
+    return TokenizedCorpus(entry.tokens, entry.offsets, entry.names, entry.largest_token, from_cache, folder)
 
 
 def tokenize_corpus(tokenizer: Any, corpus: CorpusSettings, *, held_out: bool | None = None) -> TokenizedCorpus:
@@ -87,135 +92,122 @@ def tokenize_corpus(tokenizer: Any, corpus: CorpusSettings, *, held_out: bool | 
     Args:
         tokenizer: a transformers tokenizer.
         corpus: what to read and where to cache it.
-        held_out: side of the split of `stdlib`, see `read_documents`.
+        held_out: side of the split of `stdlib`, see `Reading`.
 
     Raises:
         UserError: a source is at fault (see `read_documents`), or the cache folder cannot be written or is full.
     """
-    key = corpus_key(tokenizer, corpus, held_out)
-    folder = cache_folder(corpus) / "corpora"
-    entry = folder / key
-    with _disk_errors(folder):
-        made = _open_entry(entry, from_cache=True)
-        if made is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            with _lock(folder / f"{key}.lock"):
-                made = _open_entry(entry, from_cache=True)  # another process may have made it meanwhile
-                if made is None:
-                    _make_entry(entry, tokenizer, corpus, held_out)
-                    made = _open_entry(entry, from_cache=False)
-    assert made is not None, f"{entry} was made and cannot be opened"
-    origin = f", kept from before in {entry}" if made.from_cache else ""
+    reading = Reading(
+        text_field=corpus.text_field,
+        encoding=corpus.encoding,
+        skip_malformed=corpus.skip_malformed,
+        held_out=held_out,
+        revisions={source: hub_revision(source) for source in corpus.data if is_hub(source)},
+    )
+    made = cached(
+        cache_folder(corpus) / "corpora" / corpus_key(tokenizer, corpus, reading),
+        lambda folder: _write_entry(folder, tokenizer, corpus, reading),
+    )
+    origin = f", kept from before in {made.folder}" if made.from_cache else ""
     logger.info("%s tokens in %s documents%s", f"{len(made.tokens):,}", f"{len(made):,}", origin)
     return made
 
 
+def cached(folder: Path, write: Any) -> TokenizedCorpus:
+    """What is in the cache entry `folder`, after `write(folder)` has finished it where it was not whole.
+
+    Of several processes on a machine one writes and the others wait.
+
+    Raises:
+        UserError: the folder cannot be written, or is full.
+    """
+    with _disk_errors(folder.parent):
+        entry = open_entry(folder)
+        if entry is None:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(folder.with_name(f"{folder.name}.lock")):
+                entry = open_entry(folder)  # another process may have made it meanwhile
+                if entry is None:
+                    write(folder)
+                    return _opened(folder, from_cache=False)
+        (folder / "manifest.jsonl").touch()  # when it was last of use
+    return _opened(folder, from_cache=True)
+
+
 def cache_folder(corpus: CorpusSettings) -> Path:
     """`corpus.cache`, else `$LONGLORA_CACHE`, else `~/.cache/longlora`."""
-    return Path(corpus.cache or os.environ.get("LONGLORA_CACHE") or "~/.cache/longlora").expanduser().absolute()
+    return named_cache_folder(corpus.cache)
 
 
-def corpus_key(tokenizer: Any, corpus: CorpusSettings, held_out: bool | None = None) -> str:
+def named_cache_folder(name: str | None) -> Path:
+    """The folder `name`, else `$LONGLORA_CACHE`, else `~/.cache/longlora`."""
+    return Path(name or os.environ.get("LONGLORA_CACHE") or "~/.cache/longlora").expanduser().absolute()
+
+
+def corpus_key(tokenizer: Any, corpus: CorpusSettings, reading: Reading) -> str:
     """The name of the cache entry, 32 hexadecimal digits; no file is opened to make it.
 
     Raises:
         UserError: a source is missing or empty.
     """
     digest = hashlib.sha256()
-    settings = [CACHE_FORMAT, corpus.text_field, corpus.max_tokens, held_out if "stdlib" in corpus.data else None]
+    held_out = reading.held_out if "stdlib" in corpus.data else None
+    settings = [CACHE_FORMAT, corpus.text_field, corpus.encoding, corpus.special_tokens, corpus.max_tokens, held_out]
     digest.update(json.dumps([*settings, tokenizer_fingerprint(tokenizer)]).encode())
+    parsed = False
     for source in corpus.data:
         digest.update(b"\nsource\n")
         if is_hub(source):
-            digest.update(source.encode())
+            digest.update(json.dumps([source, reading.revisions.get(source)]).encode())
             continue
-        for file in source_files(source, held_out):
+        for file in source_files(source, reading.held_out):
             digest.update(json.dumps([str(file.path.absolute()), file.size, file.modified_ns]).encode() + b"\n")
+            parsed = parsed or file.path.suffix.lower() in PARSED
+    if parsed:
+        digest.update(json.dumps([EXTRACTION, *map(importlib.metadata.version, _EXTRACTORS)]).encode())
     return digest.hexdigest()[:32]
 
 
-def _make_entry(entry: Path, tokenizer: Any, corpus: CorpusSettings, held_out: bool | None) -> None:
-    """Tokenises into a folder beside `entry` and renames it to `entry`; whatever happens, nothing else stays."""
-    for left_behind in entry.parent.glob(f"{entry.name}.building-*"):  # by a process that was killed
-        shutil.rmtree(left_behind)
-    building = entry.with_name(f"{entry.name}.building-{uuid.uuid4().hex[:8]}")
-    try:
-        building.mkdir()
-        _write_entry(building, tokenizer, corpus, held_out)
-        if entry.exists():  # damaged, or it would have been opened
-            shutil.rmtree(entry)
-        building.rename(entry)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-
-
-def _write_entry(folder: Path, tokenizer: Any, corpus: CorpusSettings, held_out: bool | None) -> None:
+def _write_entry(folder: Path, tokenizer: Any, corpus: CorpusSettings, reading: Reading) -> None:
     limit = corpus.max_tokens
     dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 65536 else np.uint32)
-    offsets, total, largest, tally = array("q", [0]), 0, 0, Tally()
     all_files = not any(map(is_hub, corpus.data))
-    size = sum(file.size for source in corpus.data for file in source_files(source, held_out)) if all_files else None
+    sources = [file for source in corpus.data for file in source_files(source, reading.held_out)] if all_files else []
+    size = sum(file.size for file in sources) if all_files else None
+    about = {"data": list(corpus.data), "held_out": reading.held_out, "revisions": dict(reading.revisions)}
+    with Shards(folder, Entry.facts(dtype, about)) as shards:
+        tally = Tally(skipped=shards.last.skipped, malformed=list(shards.last.malformed), documents=shards.documents)
+        if shards.documents:
+            logger.info("going on after %s documents that were tokenised before", f"{shards.documents:,}")
 
-    def wanted_tokens() -> int | None:
-        return None if limit is None else limit - total
+        def wanted_tokens() -> int:
+            assert limit is not None
+            return limit - shards.tokens
 
-    documents = read_documents(corpus.data, text_field=corpus.text_field, held_out=held_out, tally=tally)
-    with (
-        (folder / "tokens.bin").open("wb") as tokens_file,
-        (folder / "names.txt").open("w", encoding="utf-8", errors="backslashreplace") as names_file,
-        Progress("tokenising", "tokens" if limit else "bytes", limit or size) as progress,
-        closing(documents),
-    ):
-        for name, ids in encode_documents(tokenizer, documents, wanted_tokens):
-            if not len(ids):
-                tally.skipped["empty documents"] += 1
-                continue
-            if limit is not None:
-                ids = ids[: limit - total]
-            tokens_file.write(ids.astype(dtype).data)
-            names_file.write(name.replace("\n", " ").replace("\r", " ") + "\n")
-            total += len(ids)
-            largest = max(largest, int(ids.max()))
-            offsets.append(total)
-            progress.show(total if limit else tally.bytes_read, f"{len(offsets) - 1:,} documents, {total:,} tokens")
-            if limit and total >= limit:
-                break
-    if total == 0:
-        raise UserError(f"the tokenizer makes no tokens of the text in {', '.join(corpus.data)}: give other --data.")
-    with (folder / "offsets.npy").open("wb") as offsets_file:
-        buffer = io.BytesIO()  # np.save to a file does not say why it failed, which must be known when the disk is full
-        np.save(buffer, np.frombuffer(offsets, dtype=np.int64))
-        offsets_file.write(buffer.getbuffer())
-    info = {
-        "format": CACHE_FORMAT,
-        "data": list(corpus.data),
-        "held_out": held_out,
-        "documents": len(offsets) - 1,
-        "tokens": total,
-        "dtype": dtype.name,
-        "largest_token": largest,
-        "passed_over": tally.skipped,
-    }
-    (folder / "info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
-
-
-def _open_entry(entry: Path, from_cache: bool) -> TokenizedCorpus | None:
-    """The corpus in the cache folder `entry`; None when it is not there or not whole."""
-    try:
-        info = json.loads((entry / "info.json").read_text(encoding="utf-8"))
-        offsets = np.load(entry / "offsets.npy")
-        names = (entry / "names.txt").read_text(encoding="utf-8").split("\n")[:-1]
-        tokens = np.memmap(entry / "tokens.bin", dtype=info["dtype"], mode="r")
-        whole = len(tokens) == info["tokens"] == offsets[-1] and len(names) == info["documents"] == len(offsets) - 1
-    except FileNotFoundError:
-        return None
-    except (ValueError, LookupError, TypeError, EOFError):
-        whole = False
-    if not whole:
-        logger.warning("the tokens in %s are damaged: making them anew", entry)
-        return None
-    return TokenizedCorpus(tokens, offsets, names, info["largest_token"], from_cache, entry)
+        begin = (shards.last.file, shards.last.texts)
+        documents = read_documents(corpus.data, reading, tally, begin=begin)
+        batches = encode_documents(
+            tokenizer,
+            documents if limit is None or shards.tokens < limit else iter(()),
+            None if limit is None else wanted_tokens,
+            special_tokens=corpus.special_tokens,
+        )
+        with (
+            Progress("tokenising", "tokens" if limit else "bytes", limit or size) as progress,
+            closing(documents),
+            closing(batches),
+        ):
+            for batch in batches:
+                shards.add(batch, tally.malformed, limit)
+                done = f"{shards.documents:,} documents, {shards.tokens:,} tokens"
+                progress.show(shards.tokens if limit else tally.bytes_read, done)
+                if limit and shards.tokens >= limit:
+                    break
+        if shards.tokens == 0:
+            raise UserError(
+                f"the tokenizer makes no tokens of the text in {', '.join(corpus.data)}: give other --data."
+            )
+        shards.finish()
 
 
 @contextmanager
@@ -242,7 +234,8 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
-                f"the disk is full: the tokens do not fit in '{folder}' ({error.strerror}), and what was written is "
-                f"removed. Free some space there, or {elsewhere}."
+                f"the disk is full: the tokens do not fit in '{folder}' ({error.strerror}). Free some space there "
+                f"(`longlora cache` lists what is kept) and give the same command again, it goes on where it was; or "
+                f"{elsewhere}."
             ) from error
         raise UserError(f"the cache folder '{folder}' cannot be used ({error}): {elsewhere}.") from error

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from longlora.errors import UserError
+from longlora.errors import UserError, printable
 from longlora.longqa.answers import Answer
 from longlora.longqa.pair_files import GrowingPairs
 from longlora.longqa.pairs import question_and_answer
@@ -59,7 +59,7 @@ def build_pairs(settings: BuildLongQASettings) -> dict[str, Any]:
         logger.info("%s holds %d pairs of another plan; they stay", settings.output, there - estimate.already)
     result: dict[str, Any] = {
         "output": settings.output or None,
-        "teacher": settings.teacher or settings.teacher_url,
+        "teacher": settings.teacher or (settings.teacher_url or "").partition("?")[0] or None,
         "dry_run": settings.dry_run,
         "estimate": estimate.document(),
     }
@@ -170,4 +170,4 @@ def _say(text: str, settings: BuildLongQASettings) -> None:
     if settings.json:
         logger.info("%s", text)
     else:
-        print(text, flush=True)
+        print(printable(text), flush=True)

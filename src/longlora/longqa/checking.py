@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from longlora.corpus.conversations import ConversationFormat
-from longlora.errors import UserError
+from longlora.errors import UserError, printable
 from longlora.longqa.pair_files import Malformed, iterate_pairs
 from longlora.longqa.pairs import Pair
 from longlora.progress import Progress
@@ -72,7 +72,7 @@ def check_pairs(settings: CheckLongQASettings) -> dict[str, Any]:
         "too_long": None if settings.context is None else {"context": settings.context, "where": too_long},
     }
     if not settings.json:
-        print(report(result))
+        print(printable(report(result)))
     return result
 
 

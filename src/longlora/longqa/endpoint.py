@@ -1,7 +1,8 @@
 """A teacher behind an OpenAI-compatible endpoint: vLLM, llama.cpp, Ollama, LM Studio, a provider.
 
-One POST to `/chat/completions` and its errors are all that is needed, so this is `requests` and not a client package.
-The key is read from the environment for each request and stands in no settings, no record and no message.
+One POST to `/chat/completions` and its errors are all that is needed, so this is `httpx` and not a client package. The
+key is read from the environment for each request and stands in no settings, no record and no message; nor does what the
+URL has after its `?`, where some endpoints want a key.
 """
 
 import logging
@@ -13,11 +14,10 @@ import time
 from collections.abc import Iterable, Iterator
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
-import requests
+import httpx
 
-from longlora.errors import UserError
+from longlora.errors import UserError, printable
 from longlora.longqa.answers import Answer, judged
 from longlora.settings import EndpointSettings
 
@@ -30,7 +30,13 @@ GIVE_UP_AFTER = 5
 """Questions in a row that find the endpoint out of order (each after all its retries) before the work stops."""
 
 RESAMPLING_TEMPERATURE = 0.7
+
+MOST_REPLY_BYTES = 8_000_000
+"""A longer reply is no answer."""
+
 OUT_OF_ORDER = ("timeout", "no connection", "error of the endpoint", "too many requests", "malformed answer")
+
+_HERE = ("localhost", "127.0.0.1", "::1")
 
 Key = TypeVar("Key")
 
@@ -53,22 +59,31 @@ class Endpoint:
             UserError: the key's variable is not set, nothing listens at `url`, it refuses the key, or the model is
                 not named and the list does not decide it.
         """
-        self.url = url.rstrip("/").removesuffix("/chat/completions")
+        given = httpx.URL(url)
+        path = given.path.rstrip("/").removesuffix("/chat/completions")
+        self._base = given.copy_with(path=path, fragment=None)
+        self.url = f"{given.scheme}://{given.netloc.decode()}{path}"
+        """Where the endpoint is, without what may be a key."""
         self.settings, self.answer_tokens, self.parallel = settings, answer_tokens, parallel
         self._limit = "max_tokens"
         self._stopping = threading.Event()
+        # trust_env: proxies are the user's business, but a password out of ~/.netrc is for nobody (auth below)
+        self._client = httpx.Client(
+            timeout=httpx.Timeout(settings.timeout, connect=min(settings.timeout, 20.0)),
+            limits=httpx.Limits(max_connections=parallel + 1, max_keepalive_connections=parallel),
+            auth=self._authorise,
+            follow_redirects=False,
+        )
         if settings.key_variable is not None and not self._key():
             raise UserError("the environment variable that --key-variable names is not set: export it with the key.")
-        parts = urlsplit(self.url)
-        if self._key() and parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
-            logger.warning("the key goes to %s unencrypted: use https where others can listen", parts.hostname)
+        if (self._key() or given.query) and given.scheme == "http" and given.host not in _HERE:
+            logger.warning("the key goes to %s unencrypted: use https where others can listen", given.host)
         listed = self._models()
         if model is None and len(listed) != 1:
             names = f" ({', '.join(listed[:8])})" if listed else ""
             raise UserError(f"the teacher at {self.url} lists {len(listed)} models{names}: name one with --teacher.")
         self.model = model or listed[0]
-        place = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="")
-        self.name = f"{self.model} at {place.geturl()}"
+        self.name = f"{self.model} at {self.url}"
 
     def answer_each(self, asked: Iterable[tuple[Key, str]]) -> Iterator[tuple[Key, Answer]]:
         """The answer to each prompt, in the order they come; `asked` is read only as far as there is room.
@@ -151,9 +166,9 @@ class Endpoint:
             body["temperature"] = temperature
         try:
             response = self._request("POST", "/chat/completions", body)
-        except requests.Timeout:
+        except httpx.TimeoutException:
             return Answer("", "timeout", f"no answer in {self.settings.timeout:g} seconds"), None
-        except requests.RequestException as error:
+        except httpx.HTTPError as error:
             return Answer("", "no connection", self._safe(_root_cause(error))), None
         if response.status_code != 200:
             if limit == "max_tokens" and "max_completion_tokens" in _error_message(response):
@@ -162,7 +177,7 @@ class Endpoint:
             return self._failed(response)
         return self._read(response, prompt), None
 
-    def _failed(self, response: requests.Response) -> tuple[Answer, float | None]:
+    def _failed(self, response: httpx.Response) -> tuple[Answer, float | None]:
         status, said = response.status_code, self._safe(_error_message(response))
         if status in (401, 403):
             raise self._refused_key(response)
@@ -177,7 +192,7 @@ class Endpoint:
             return Answer("", "error of the endpoint", f"{status}: {said}"), _retry_after(response)
         return Answer("", "refused by the endpoint", f"{status}: {said}"), None
 
-    def _read(self, response: requests.Response, prompt: str) -> Answer:
+    def _read(self, response: httpx.Response, prompt: str) -> Answer:
         try:
             reply = response.json()
             choice = reply["choices"][0]
@@ -199,7 +214,7 @@ class Endpoint:
         """The endpoint's list of models, empty if it keeps none; asked first, before minutes go into a plan."""
         try:
             response = self._request("GET", "/models", None)
-        except requests.RequestException as error:
+        except httpx.HTTPError as error:
             raise UserError(
                 f"the teacher at {self.url} cannot be reached ({self._safe(_root_cause(error))}): start it, or mend "
                 "--teacher-url."
@@ -211,23 +226,28 @@ class Endpoint:
         except (ValueError, LookupError, TypeError):
             return []
 
-    def _refused_key(self, response: requests.Response) -> UserError:
+    def _refused_key(self, response: httpx.Response) -> UserError:
         return UserError(
             f"the teacher at {self.url} refuses the key ({response.status_code}: "
             f"{self._safe(_error_message(response))}): name the environment variable that holds it with --key-variable."
         )
 
-    def _request(self, method: str, path: str, body: Any) -> requests.Response:
-        return requests.request(
-            method,
-            self.url + path,
-            json=body,
-            auth=self._authorise,  # also keeps requests from taking a password out of ~/.netrc
-            timeout=(min(self.settings.timeout, 20.0), self.settings.timeout),
-            allow_redirects=False,
-        )
+    def _request(self, method: str, path: str, body: Any) -> httpx.Response:
+        """The whole reply, within the timeout from its first byte to its last and of a bounded size."""
+        url = self._base.copy_with(path=self._base.path.rstrip("/") + path)
+        deadline = time.monotonic() + self.settings.timeout
+        with self._client.stream(method, url, json=body) as response:
+            content = bytearray()
+            for piece in response.iter_bytes():
+                content += piece
+                if len(content) > MOST_REPLY_BYTES:
+                    raise httpx.ReadError(f"the reply has more than {MOST_REPLY_BYTES:,} bytes")
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout("the reply does not come to its end")
+        headers = [(name, value) for name, value in response.headers.items() if name != "content-encoding"]
+        return httpx.Response(response.status_code, headers=headers, content=bytes(content), request=response.request)
 
-    def _authorise(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+    def _authorise(self, request: httpx.Request) -> httpx.Request:
         if key := self._key():
             request.headers["Authorization"] = f"Bearer {key}"
         return request
@@ -236,32 +256,33 @@ class Endpoint:
         return os.environ.get(self.settings.key_variable, "").strip() if self.settings.key_variable else ""
 
     def _safe(self, message: str) -> str:
-        """One short line of what an endpoint or a library said, without the key, which some of them repeat."""
-        key = self._key()
+        """One short line of what an endpoint or a library said, without the keys, which some of them repeat."""
         line = " ".join(message.split())
-        return (line.replace(key, "…") if key else line)[:200].rstrip(".")
+        query = self._base.query.decode()
+        for secret in (self._key(), query, *(value for _, value in self._base.params.multi_items())):
+            line = line.replace(secret, "…") if len(secret) > 3 else line
+        return printable(line)[:200].rstrip(".")
 
 
 def _root_cause(error: BaseException) -> str:
-    """`Connection refused` out of the errors that requests and urllib3 wrap around it."""
+    """`Connection refused` out of the errors that httpx wraps around it."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.strerror:
+        if isinstance(seen, OSError) and seen.strerror and "attempts failed" not in seen.strerror:
             return str(seen.strerror)
-        reason = getattr(seen, "reason", None) or (seen.args[0] if seen.args else None)
-        seen = seen.__cause__ or seen.__context__ or (reason if isinstance(reason, BaseException) else None)
-    return str(error)
+        seen = seen.__cause__ or seen.__context__
+    return str(error).removeprefix("[Errno 111] ")
 
 
-def _error_message(response: requests.Response) -> str:
+def _error_message(response: httpx.Response) -> str:
     try:
         error = response.json().get("error", "")
-        return str(error.get("message", "") if isinstance(error, dict) else error) or response.reason
+        return str(error.get("message", "") if isinstance(error, dict) else error) or response.reason_phrase
     except (ValueError, AttributeError):
-        return response.text[:120] or str(response.reason)
+        return response.text[:120] or response.reason_phrase
 
 
-def _retry_after(response: requests.Response) -> float | None:
+def _retry_after(response: httpx.Response) -> float | None:
     """Seconds that the endpoint asks to wait (RFC 9110, section 10.2.3: a number or a date), at most ten minutes."""
     value = response.headers.get("Retry-After", "")
     try:

@@ -1,118 +1,76 @@
 """Files of pairs: LongAlpaca's JSON array and chat messages in JSONL, read with line numbers, written as they come."""
 
-import fcntl
 import json
+import logging
 import os
-import re
+import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
+from filelock import FileLock, Timeout
+
+from longlora.corpus.decoding import encodable
+from longlora.corpus.records import Malformed, read_records
 from longlora.errors import UserError
 from longlora.longqa.pairs import MalformedPairError, Pair, longalpaca_record, messages_record, pair_from_record
 
-_LONE_SURROGATES = re.compile("[\ud800-\udfff]")
-_BLANKS = re.compile(r"[ \t\r\n]*")
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Malformed:
-    """A record that is no pair."""
-
-    where: str
-    """`line 12`, or `record 3 (line 40)` of an array."""
-
-    reason: str
-
-
-def read_pairs(path: str | Path) -> list[Pair]:
+def read_pairs(path: str | Path, skip_malformed: int = 0) -> list[Pair]:
     """All pairs of a file, in either format (which one, its content says, not its name).
 
+    Args:
+        path: JSON or lines of JSON, also compressed.
+        skip_malformed: malformed records that are passed over, and named.
+
     Raises:
-        UserError: it cannot be read, holds no pairs, or a record is malformed; the sentence names its line.
+        UserError: it cannot be read, holds no pairs, or more records are malformed; the sentence names the line.
     """
-    pairs = []
+    pairs: list[Pair] = []
+    passed_over: list[Malformed] = []
     for pair in iterate_pairs(path):
-        if isinstance(pair, Malformed):
+        if isinstance(pair, Pair):
+            pairs.append(pair)
+        elif len(passed_over) < skip_malformed:
+            passed_over.append(pair)
+        else:
             raise UserError(
-                f"'{path}', {pair.where}: {pair.reason}. Mend or remove it; "
-                f"`longlora longqa check {path}` lists every malformed pair."
+                f"'{path}', {pair.where}: {pair.reason}. Mend or remove it, or let so many malformed records be passed "
+                f"over with --skip-malformed N; `longlora longqa check {path}` lists all of them."
             )
-        pairs.append(pair)
+    if passed_over:
+        logger.warning("'%s': %d malformed records passed over: %s", path, len(passed_over), _named(passed_over))
     if not pairs:
         raise UserError(f"'{path}' holds no pairs: give a file that `longlora longqa build` wrote, or LongAlpaca's.")
     return pairs
 
 
+def _named(passed_over: list[Malformed]) -> str:
+    return ", ".join(each.where for each in passed_over[:3]) + (", …" if len(passed_over) > 3 else "")
+
+
 def iterate_pairs(path: str | Path) -> Iterator[Pair | Malformed]:
     """The pairs of a file as they are read, with a `Malformed` in the place of each record that is none.
 
-    Records of both formats may stand side by side. Where the text of a JSON array breaks off or is no JSON, the rest
-    cannot be read: that is the last `Malformed`.
-
     Raises:
-        UserError: the file cannot be read, or is neither a JSON array nor lines of JSON.
+        UserError: the file cannot be read, or holds neither a JSON array nor JSON objects.
     """
-    path = Path(path)
     try:
-        with path.open("rb") as file:
-            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-        if start == b"[":
-            yield from _of_array(path.read_text(encoding="utf-8-sig"))
-        elif start in (b"{", b""):
-            with path.open(encoding="utf-8-sig") as lines:
-                yield from _of_lines(lines)
-        else:
-            raise UserError(f"'{path}' is no file of pairs: it must be a JSON array or lines of JSON objects.")
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be read ({error.strerror}): name a file of pairs.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"'{path}' is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+        for record in read_records(Path(path)):
+            yield record if isinstance(record, Malformed) else _pair(record.value, record.where)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"'{path}' cannot be read ({reason}): name a file of pairs.") from error
 
 
-def _of_lines(lines: Iterable[str]) -> Iterator[Pair | Malformed]:
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            where = f"line {number}"
-            try:
-                yield pair_from_record(json.loads(line), where)
-            except (json.JSONDecodeError, RecursionError) as error:
-                yield Malformed(where, f"it is not valid JSON ({error})")
-            except MalformedPairError as error:
-                yield Malformed(where, str(error))
-
-
-def _of_array(text: str) -> Iterator[Pair | Malformed]:
-    """Record by record, so that each has its line and one that is no pair does not hide those after it."""
-    decoder = json.JSONDecoder()
-    at = _after_blanks(text, text.index("[") + 1)
-    number, line, counted_to = 0, 1, 0
-    while text[at : at + 1] != "]":
-        number += 1
-        line, counted_to = line + text.count("\n", counted_to, at), at
-        where = f"record {number} (line {line})"
-        try:
-            record, at = decoder.raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError) as error:
-            yield Malformed(where, f"the array is not valid JSON from here on ({error}); the rest was not read")
-            return
-        try:
-            yield pair_from_record(record, where)
-        except MalformedPairError as error:
-            yield Malformed(where, str(error))
-        at = _after_blanks(text, at)
-        if text[at : at + 1] == ",":
-            at = _after_blanks(text, at + 1)
-        elif text[at : at + 1] != "]":
-            yield Malformed(where, "no comma or closing bracket follows; the rest was not read")
-            return
-
-
-def _after_blanks(text: str, at: int) -> int:
-    match = _BLANKS.match(text, at)
-    return match.end() if match else at
+def _pair(record: Any, where: str) -> Pair | Malformed:
+    try:
+        return pair_from_record(record, where)
+    except MalformedPairError as error:
+        return Malformed(where, str(error))
 
 
 def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> int:
@@ -146,7 +104,7 @@ def _record_line(pair: Pair, path: Path) -> str:
         record = longalpaca_record(pair) if path.suffix == ".json" else messages_record(pair)
     except ValueError as error:
         raise UserError(f"LongAlpaca's JSON has one question and one answer, but {error}: write .jsonl.") from error
-    return _LONE_SURROGATES.sub("\ufffd", json.dumps(record, ensure_ascii=False))
+    return encodable(json.dumps(record, ensure_ascii=False))
 
 
 class GrowingPairs:
@@ -178,9 +136,7 @@ class GrowingPairs:
         """
         if self.lines.exists():
             pairs = []
-            with self.lines.open("rb") as file:
-                kept = file.read(_whole_lines(self.lines)).decode("utf-8")
-            for pair in _of_lines(kept.split("\n")):
+            for pair in _lines_of(self.lines, _whole_lines(self.lines)):
                 if isinstance(pair, Malformed):
                     raise UserError(f"--resume: '{self.lines}', {pair.where}: {pair.reason}. Mend or remove the line.")
                 pairs.append(pair)
@@ -194,9 +150,10 @@ class GrowingPairs:
             self._file: IO[bytes] = self.lines.open("ab")
         except OSError as error:
             raise UserError(f"--output {self.lines} cannot be written ({error.strerror}).") from error
+        self._lock = FileLock(self.lines.with_name(f".{self.lines.name}.lock"))
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
             self._file.close()
             raise UserError(f"--output {self.path} is in use by another run: wait, or name another file.") from error
         self._file.truncate(_whole_lines(self.lines))
@@ -217,8 +174,21 @@ class GrowingPairs:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._file.close()
+        self._lock.release()
+        Path(self._lock.lock_file).unlink(missing_ok=True)
         if self.lines.exists() and not self.lines.stat().st_size:
             self.lines.unlink()
+
+
+def _lines_of(path: Path, size: int) -> Iterator[Pair | Malformed]:
+    """The pairs in the first `size` bytes."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file.read(size).splitlines(), start=1):
+            if line.strip():
+                try:
+                    yield _pair(json.loads(line), f"line {number}")
+                except (ValueError, RecursionError) as error:
+                    yield Malformed(f"line {number}", f"it is not valid JSON ({error})")
 
 
 def _whole_lines(path: Path) -> int:

@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longlora.corpus.documents import Document, Tally, read_documents
+from longlora.corpus.documents import Document, Reading, read_documents
 from longlora.errors import UserError
 from longlora.longqa.pairs import Pair
 from longlora.longqa.prompts import material_prompt
 from longlora.longqa.question_bank import Question, check_categories, choose, questions, read_questions
-from longlora.longqa.sections import Section, chapters, cut, token_starts
+from longlora.longqa.sections import Section, chapters, count, cut
 from longlora.progress import Progress
 from longlora.settings import BuildLongQASettings
 
@@ -32,8 +32,11 @@ CHAPTERS_OF_A_BOOK = 3
 FRAME_TOKENS = 24
 """Tokens that a chat template and the words around the material add to a prompt, about."""
 
-_ABSTRACT = re.compile(r"^[\W\d]*abstract\b", re.IGNORECASE | re.MULTILINE)
-_REFERENCES = re.compile(r"^[\W\d]*(?:references|bibliography|literature cited)\W*$", re.IGNORECASE | re.MULTILINE)
+# a line with some marks and a number before the word: bounded, or they would read a page of numbers again for each line
+_ABSTRACT = re.compile(r"^[^A-Za-z\n]{0,40}abstract\b", re.IGNORECASE | re.MULTILINE)
+_REFERENCES = re.compile(
+    r"^[^A-Za-z\n]{0,40}(?:references|bibliography|literature cited)[^A-Za-z\n]{0,40}$", re.IGNORECASE | re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ class Plan:
     def _documents(self) -> Iterator[Document]:
         try:
             with closing(
-                read_documents(self.settings.documents, text_field=self.settings.text_field, tally=Tally())
+                read_documents(self.settings.documents, Reading(text_field=self.settings.text_field))
             ) as documents:
                 yield from documents
         except UserError as error:  # the corpus names its own flag
@@ -243,7 +246,7 @@ class Plan:
             "question": words,
             "question_id": question.id,
         }
-        around = len(token_starts(material_prompt("", words, material, title), self.tokenizer))
+        around = count(material_prompt("", words, material, title), self.tokenizer)
         prompt = material_prompt(text, words, material, title)
         return Task(prompt, section.tokens + around + FRAME_TOKENS, question.category, source)
 

@@ -9,12 +9,14 @@ nearest to an even division of what is left wins, so that the last section is no
 """
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from longlora.corpus.encoding import count_tokens, token_starts
 
 CHARACTERS_A_TOKEN = 4
 """What a token counts without a tokenizer: English prose has 4 to 5 characters a token."""
@@ -56,7 +58,7 @@ _HEADING_RANKS = (
     (0, _TEX_CHAPTER),
 )
 _LOWER_RANKS = (
-    re.compile(r"\n[ \t]*\n\s*(?=\S)"),
+    re.compile(r"(?<=\S)[^\S\n]*\n[^\S\n]*\n\s*+(?=\S)"),
     re.compile(r"\n(?=\S)"),
     re.compile(r"[.!?…。！？][\"'”’)\]]*(?:\s+|(?<=[。！？]))(?=\S)"),  # CJK sentences end without a blank
     re.compile(r"\s(?=\S)"),
@@ -80,20 +82,14 @@ class Section:
     """The chapter or heading it begins with or stands under; empty before the first."""
 
 
-def token_starts(text: str, tokenizer: Any = None) -> np.ndarray:
-    """Offset of the first character of each token of `text`, (tokens,), ascending; without a tokenizer every fourth."""
-    if tokenizer is None:
-        return np.arange(0, len(text), CHARACTERS_A_TOKEN)
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    if getattr(tokenizer, "is_fast", False):
-        offsets = tokenizer(text, return_offsets_mapping=True, **options)["offset_mapping"]
-        return np.array([begin for begin, _ in offsets], dtype=np.int64)
-    return np.linspace(0, len(text), len(tokenizer(text, **options)["input_ids"]), endpoint=False).astype(np.int64)
+def count(text: str, tokenizer: Any = None) -> int:
+    """Tokens of `text`; without a tokenizer one for every four characters."""
+    return -(-len(text) // CHARACTERS_A_TOKEN) if tokenizer is None else count_tokens(tokenizer, text)
 
 
 def cut(text: str, budget: int, tokenizer: Any = None) -> Iterator[Section]:
     """The sections of `text` in order, each of at most `budget` tokens; nothing but blanks lies between them."""
-    starts = token_starts(text, tokenizer)
+    starts = np.arange(0, len(text), CHARACTERS_A_TOKEN) if tokenizer is None else token_starts(tokenizer, text)
     headings = _headings(text)
     places = [place for place, _, _ in headings]
     begin = _skip_blanks(text, 0)
@@ -126,7 +122,7 @@ def _end(
             )
             end = _best(text, max(low, begin + 1), max(high, begin + 1), even, headings)
         stripped = begin + len(text[begin:end].rstrip())
-        tokens = len(token_starts(text[begin:stripped], tokenizer))
+        tokens = count(text[begin:stripped], tokenizer)
         if tokens <= budget or reach == 1:
             return stripped, tokens
         # A text alone may have a token or two more than in its surroundings.
@@ -135,8 +131,9 @@ def _end(
 
 def _best(text: str, low: int, high: int, even: int, headings: list[tuple[int, int, str]]) -> int:
     """The cut in [low, high]: of the highest rank that has any, the one nearest to `even`."""
+    within = headings[bisect_left(headings, (low,)) : bisect_left(headings, (high + 1,))]
     for rank in (0, 1, 2):
-        found = [place for place, of_rank, _ in headings if of_rank == rank and low <= place <= high]
+        found = [place for place, of_rank, _ in within if of_rank == rank]
         if found:
             return min(found, key=lambda place: abs(place - even))
     for pattern in _LOWER_RANKS:

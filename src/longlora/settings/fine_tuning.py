@@ -14,6 +14,8 @@ from longlora.settings.model import METHODS, AttentionSettings
 
 PROMPT_FORMATS = ("auto", "template", "inst")
 
+LOSS_ON = ("every", "last")
+
 EXPORT_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 
 
@@ -63,7 +65,8 @@ class SftSettings(CommandSettings):
     """Run directory to create."""
 
     data: tuple[str, ...] = ()
-    """Files of pairs: chat messages in JSONL, or LongAlpaca's JSON (`longlora longqa build` writes either)."""
+    """Files of pairs: chat messages (also ShareGPT's form, prompt and completion, tools) or LongAlpaca's, in JSON or
+    JSONL, also compressed; `longlora longqa build` writes either."""
 
     evaluation_data: tuple[str, ...] = ()
     """Files of pairs to measure on; default a share of `data`."""
@@ -80,6 +83,12 @@ class SftSettings(CommandSettings):
     prompt_format: Annotated[str, choice(PROMPT_FORMATS)] = "auto"
     """`template` is the tokenizer's own chat template, `inst` the original code's [INST]question[/INST]; `auto` is the
     template where there is one."""
+
+    loss_on: Annotated[str, choice(LOSS_ON)] = "every"
+    """`every` learns each answer of a conversation, `last` only the last."""
+
+    skip_malformed: int = 0
+    """Records that are no conversation, or that the chat template cannot write, to pass over; one more is an error."""
 
     attention: AttentionSettings = AttentionSettings()
     trainable: TrainableSettings = TrainableSettings()
@@ -100,6 +109,8 @@ class SftSettings(CommandSettings):
             at_least("context", self.context, 2, "tokens")
         check_choice("--method", self.method, METHODS)
         check_choice("--prompt-format", self.prompt_format, PROMPT_FORMATS)
+        check_choice("--loss-on", self.loss_on, LOSS_ON)
+        at_least("skip-malformed", self.skip_malformed, 0, "records")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,12 @@
 """How positions are stretched, how attention trains, and which documents are read."""
 
+import codecs
 import math
 from dataclasses import dataclass, fields
 from typing import Annotated
 
 from longlora.errors import UserError, check_choice
-from longlora.settings.fields import Names, Tokens, at_least, choice
+from longlora.settings.fields import CommandSettings, Names, Tokens, at_least, choice
 
 PATTERNS = ("shift", "shift-layers", "plain", "shifted", "cyclic", "dilated", "strided", "scatter", "full")
 CONTIGUOUS = ("shift", "shift-layers", "plain", "shifted", "scatter")
@@ -147,11 +148,20 @@ class CorpusSettings:
     """Documents and how they become training rows (paper section 4.1 concatenates)."""
 
     data: tuple[str, ...] = ()
-    """Files, folders (txt, md, HTML, EPUB, PDF, source code, jsonl, jsonl.gz, jsonl.zst, parquet), `hub:NAME`, or
-    `stdlib`."""
+    """Files, folders (txt, md, HTML, EPUB, PDF, source code, json, jsonl, ndjson, parquet; .gz and .zst of text and
+    JSON), `hub:NAME`, or `stdlib`."""
 
     text_field: str = "text"
-    """Field of a JSONL, parquet or hub record that holds the text."""
+    """Field of a JSON, parquet or hub record that holds the text; `doc.text` for one within another."""
+
+    encoding: str = "auto"
+    """Encoding of text and HTML files, such as `cp1252`; `auto` looks at each."""
+
+    special_tokens: bool = False
+    """Take the letters of a special token (`<|endoftext|>`) in a document for that token; else they are letters."""
+
+    skip_malformed: int = 0
+    """Malformed records (no JSON, no text in the field) to pass over, counted and named; one more is an error."""
 
     packing: Annotated[str, choice(PACKINGS)] = "concatenate"
     """`concatenate` joins documents end to end and cuts (the paper); `isolate` keeps documents apart in a row."""
@@ -176,6 +186,14 @@ class CorpusSettings:
             raise UserError("--mix and --prefer-long both say which documents come first: leave one of them out.")
         if self.mix:
             self.shares()
+        at_least("skip-malformed", self.skip_malformed, 0, "records")
+        if self.encoding != "auto":
+            try:
+                codecs.lookup(self.encoding)
+            except LookupError as error:
+                raise UserError(
+                    f"--encoding {self.encoding} is unknown: give auto, or a name such as utf-8, cp1252 or gb18030."
+                ) from error
         if self.max_tokens is not None:
             at_least("max-tokens", self.max_tokens, 1, "tokens")
 
@@ -212,3 +230,21 @@ class CorpusSettings:
             )
         total = sum(shares.values())
         return {name: share / total for name, share in shares.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSettings(CommandSettings):
+    """List the tokenised data that is kept, and remove what is no longer used."""
+
+    cache: str | None = None
+    """The folder; default `$LONGLORA_CACHE`, else `~/.cache/longlora`."""
+
+    unused_days: float | None = None
+    """Remove what was not used for so many days; 0 removes all."""
+
+    unfinished: bool = False
+    """Remove what was begun and not finished, which would be gone on with."""
+
+    def __post_init__(self) -> None:
+        if self.unused_days is not None:
+            at_least("unused-days", self.unused_days, 0, "days")

@@ -253,10 +253,11 @@ def _load(settings: SftSettings, source: ModelSource) -> tuple[PreTrainedModel |
 
 
 def _prepare(settings: SftSettings, conversations: ConversationFormat, context: int) -> Data:
-    read = read_examples(settings.data, conversations, context)
+    how = {"every_answer": settings.loss_on == "every", "skip_malformed": settings.skip_malformed}
+    read = read_examples(settings.data, conversations, context, **how)
     facts = read.facts()
     if settings.evaluation_data:
-        measured = read_examples(settings.evaluation_data, conversations, context)
+        measured = read_examples(settings.evaluation_data, conversations, context, **how)
         training, held_out = read.examples, measured.examples
         facts["held_out_too_long"] = measured.facts()["too_long"]
     else:

@@ -37,22 +37,33 @@ class Read:
     """Which document each example is about."""
     too_long: list[str] = field(default_factory=list)
     """Places of the pairs whose answer would be cut away."""
+    pairs: int = 0
+    """Of all files, those left out among them."""
     longest: int = 0
     """Tokens of the longest pair, also of those left out."""
+    unwritable: list[str] = field(default_factory=list)
+    """Places of the pairs passed over because the chat template cannot write them."""
     answers_without_loss: int = 0
-    """Earlier answers that the chat template rewrites once more turns follow."""
+    """Answers before the last of a conversation, where only the last is learned."""
 
     def facts(self) -> dict[str, Any]:
         """For a summary: `{"pairs", "too_long": {"pairs", "where"}, "longest", "answers_without_loss"}`."""
         return {
-            "pairs": len(self.examples) + len(self.too_long),
+            "pairs": self.pairs,
             "too_long": {"pairs": len(self.too_long), "where": self.too_long},
             "longest": self.longest,
             "answers_without_loss": self.answers_without_loss,
         }
 
 
-def read_examples(files: Sequence[str], conversations: ConversationFormat, context: int) -> Read:
+def read_examples(
+    files: Sequence[str],
+    conversations: ConversationFormat,
+    context: int,
+    *,
+    every_answer: bool = True,
+    skip_malformed: int = 0,
+) -> Read:
     """The pairs of `files` as examples of at most `context` tokens; a longer one is counted and left out.
 
     It is not cut: the answer is at the end, and an example without its answer would train nothing.
@@ -61,19 +72,27 @@ def read_examples(files: Sequence[str], conversations: ConversationFormat, conte
         UserError: a file cannot be read or holds a malformed pair, the chat template cannot write one, or all are
             too long.
     """
-    pairs = [(_place(file, pair, files), pair) for file in files for pair in read_pairs(file)]
-    read = Read()
+    pairs = [(_place(file, pair, files), pair) for file in files for pair in read_pairs(file, skip_malformed)]
+    read = Read(pairs=len(pairs))
     with Progress("tokenising", "pairs", len(pairs)) as progress:
         for number, (place, pair) in enumerate(pairs, start=1):
-            example = conversations.example(pair.conversation(), place)
-            read.longest = max(read.longest, len(example.tokens))
-            if len(example.tokens) > context:
+            try:
+                examples = conversations.examples(pair.conversation(), place, every=every_answer, tools=pair.tools)
+            except UserError as error:
+                if len(read.unwritable) >= skip_malformed:
+                    raise
+                read.unwritable.append(place)
+                logger.warning("passed over: %s", error)
+                continue
+            lengths = [len(example.tokens) for example in examples]
+            read.longest = max(read.longest, *lengths)
+            if max(lengths) > context:
                 read.too_long.append(place)
             else:
-                read.examples.append(example)
-                read.documents.append(_document(pair))
+                read.examples += examples
+                read.documents += [_document(pair)] * len(examples)
                 asked = sum(message.role == "assistant" for message in pair.messages)
-                read.answers_without_loss += asked - len(example.answers)
+                read.answers_without_loss += asked - sum(len(example.answers) for example in examples)
             progress.show(number, f"{number:,} pairs")
     if not read.examples:
         raise UserError(
@@ -90,12 +109,6 @@ def read_examples(files: Sequence[str], conversations: ConversationFormat, conte
             ", ".join(read.too_long[:_NAMED]),
             more,
             f"{read.longest:,}",
-        )
-    if read.answers_without_loss:
-        logger.warning(
-            "%s answers before the last of a conversation carry no loss: the chat template rewrites them once more "
-            "turns follow",
-            f"{read.answers_without_loss:,}",
         )
     return read
 

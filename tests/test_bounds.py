@@ -1,0 +1,168 @@
+"""What comes from strangers is bounded: patterns are linear, and no upload holds up a question or takes much memory."""
+
+import importlib
+import json
+import os
+import pkgutil
+import re
+import threading
+import time
+
+import psutil
+import pytest
+from chat_page import served
+from hostile_files import MEGABYTE, hostile_files
+from tiny_runs import save_base
+
+pytest.importorskip("aiohttp", reason="the extra longlora[chat] is not installed")
+
+from test_chat_page import Client
+
+from longlora import chat, corpus, longqa
+from longlora.chat.session import ChatModel
+from longlora.settings import AnswerSettings, ChatSettings, PageSettings
+
+WORST = (
+    " ", "\n", " \n", "\t", "1", "1.", "1 ", "a", "A", "#", "# ", ".", '."', "\n\n", "\n\nChapter ", "\n\n1.1", "I",
+    "-",
+    "[", "<", "<think>", "\\sec", "sub", "\\subsub", "CHAPTER\n", "\x02", "a\x02", "charset=", "= ",
+)  # fmt: skip
+
+
+def patterns():
+    for room in (corpus, chat, longqa):
+        for found in pkgutil.iter_modules(room.__path__):
+            module = importlib.import_module(f"{room.__name__}.{found.name}")
+            for name, value in vars(module).items():
+                values = value if isinstance(value, list | tuple) else [value]
+                for each in values:
+                    for pattern in each if isinstance(each, tuple) else (each,):
+                        if isinstance(pattern, re.Pattern):
+                            yield pytest.param(pattern, id=f"{found.name}.{name}")
+
+
+@pytest.mark.parametrize("pattern", patterns())
+def test_a_pattern_takes_time_in_proportion_to_its_text(pattern):
+    """Ten times the text takes some ten times as long; what is quadratic takes a hundred times. At 1 MB: seconds."""
+    for worst in WORST:
+        took = {}
+        for size in (MEGABYTE // 50, MEGABYTE // 5):
+            text = worst * (size // len(worst)) + "!"
+            text = text.encode() if isinstance(pattern.pattern, bytes) else text
+            began = time.process_time()
+            for _ in pattern.finditer(text):
+                pass
+            took[size] = time.process_time() - began
+            if took[size] > 5:
+                break
+        short, long = (took.get(size, 10.0) for size in (MEGABYTE // 50, MEGABYTE // 5))
+        assert long < 0.4, (worst, short, long)  # so 1 MB takes less than 2 s even where it is the worst
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tiny_model, tiny_tokenizer):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=1024)
+    folder = save_base(tmp_path_factory.mktemp("models") / "tiny", model, tokenizer)
+    page, answer = PageSettings(upload_megabytes=2, port=0), AnswerSettings(answer_tokens=4)
+    return ChatModel(ChatSettings(model=str(folder), web=True, page=page, answer=answer))
+
+
+class Watch:
+    """How long questions take to be answered meanwhile, and how much memory this process and its children take."""
+
+    def __init__(self, client):
+        self.client, self.ended = client, threading.Event()
+        self.slowest, self.process = 0.0, psutil.Process(os.getpid())
+        self.before = self.most = self.memory()
+
+    def memory(self):
+        total = self.process.memory_info().rss
+        for child in self.process.children(recursive=True):
+            try:
+                total += child.memory_info().rss
+            except psutil.Error:
+                continue
+        return total
+
+    def ask(self):
+        while not self.ended.is_set():
+            began = time.monotonic()
+            assert self.client.answer({"turns": [], "question": "Who?"})[-1][0] == "done"
+            assert self.client.call("GET", "/api/model")[0] == 200
+            self.slowest = max(self.slowest, time.monotonic() - began)
+            time.sleep(0.02)
+
+    def measure(self):
+        while not self.ended.is_set():
+            self.most = max(self.most, self.memory())
+            time.sleep(0.02)
+
+    def __enter__(self):
+        self.threads = [threading.Thread(target=each) for each in (self.ask, self.measure)]
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.ended.set()
+        for thread in self.threads:
+            thread.join(60)
+
+
+@pytest.mark.slow
+def test_hostile_uploads_hold_up_nobody_and_take_little_memory(model):
+    files = list(hostile_files())
+    assert len(files) >= 50
+    assert max(len(content) for _, content in files) <= MEGABYTE
+    with served(model) as (page, url):
+        client = Client(page, url)
+        client.add("a.html", b"<p>text")  # the process that reads pages is there
+        with Watch(client) as idle:
+            time.sleep(1)
+        figures = {}
+        for name, content in files:
+            with Watch(client) as watch:
+                began = time.monotonic()
+                status, said = client.add(name, content)
+                seconds = time.monotonic() - began
+            assert status in (201, 400), (name, status, said)
+            if status == 400:
+                assert said["error"].endswith("."), said
+                assert "/tmp" not in said["error"]
+            else:
+                assert client.call("DELETE", f"/api/documents/{said['id']}")[0] == 200
+            figures[name] = (status, seconds, watch.slowest, (watch.most - watch.before) / 1e6)
+    print(json.dumps(figures, indent=0))
+    # others wait no longer than a second, or what the machine's other work makes of it
+    slow = {name: each for name, each in figures.items() if each[2] > max(1.0, 8 * idle.slowest)}
+    assert not slow, (idle.slowest, slow)
+    large = {name: each for name, each in figures.items() if each[3] > 200}
+    assert not large
+
+
+def test_hostile_requests_are_refused_in_a_sentence(model):
+    with served(model) as (page, url):
+        client = Client(page, url)
+        status, document = client.add("a.txt\0b", b"words " * 100)
+        assert (status, document["name"]) == (201, "a.txtb")
+        about = {"id": document["id"]}
+        asked = {"turns": [], "question": "Who?"}
+        for body, words in (
+            (b"[" * 200_000, "nested too deeply"),
+            (b'{"question": ' * 100_000, "nested too deeply"),
+            (asked | {"documents": [about | {"n": n} for n in range(33)]}, "32 documents"),
+            (asked | {"documents": [about] * 200_000}, "32 documents"),
+        ):
+            status, trouble = client.call("POST", "/api/answers", body)
+            assert status == 400
+            assert words in trouble["error"]
+        watch = Watch(client)
+        events = client.answer(asked | {"documents": [about | {"n": n} for n in range(20)]})
+        assert events[-1][0] == "error"
+        assert "more than fit" in events[-1][1]["error"]
+        assert watch.memory() - watch.before < 50e6
+        turns = [{"role": "user", "content": "\ud800 Who?"}, {"role": "assistant", "content": "x"}]
+        for kind in ("markdown", "json"):
+            assert client.call("POST", "/api/export", {"format": kind, "turns": turns, "documents": []})[0] == 200
+        assert client.answer({"turns": [], "question": "\ud800 Who?"})[-1][0] == "done"
