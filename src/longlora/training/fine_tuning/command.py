@@ -43,7 +43,7 @@ from longlora.training.extension import (
     without_adapters,
 )
 from longlora.training.fine_tuning.answer_loss import answer_loss
-from longlora.training.fine_tuning.examples import hold_out, read_examples
+from longlora.training.fine_tuning.examples import Read, hold_out, read_examples
 from longlora.training.fine_tuning.packing import PackedExamples, collate, pack_examples
 from longlora.training.sharding import is_to_be_sharded, loads_weights, shard
 from longlora.training.trainer import refuse_missing_trackers, train
@@ -253,11 +253,15 @@ def _load(settings: SftSettings, source: ModelSource) -> tuple[PreTrainedModel |
 
 
 def _prepare(settings: SftSettings, conversations: ConversationFormat, context: int) -> Data:
-    how = {"every_answer": settings.loss_on == "every", "skip_malformed": settings.skip_malformed}
-    read = read_examples(settings.data, conversations, context, **how)
+
+    def examples(files: Sequence[str]) -> Read:
+        every = settings.loss_on == "every"
+        return read_examples(files, conversations, context, every_answer=every, skip_malformed=settings.skip_malformed)
+
+    read = examples(settings.data)
     facts = read.facts()
     if settings.evaluation_data:
-        measured = read_examples(settings.evaluation_data, conversations, context, **how)
+        measured = examples(settings.evaluation_data)
         training, held_out = read.examples, measured.examples
         facts["held_out_too_long"] = measured.facts()["too_long"]
     else:
