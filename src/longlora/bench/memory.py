@@ -23,6 +23,7 @@ from longlora.planner.memory import peak, step_memory
 from longlora.planner.reading import read_anatomy
 from longlora.progress import Progress
 from longlora.settings import BenchMemorySettings
+from longlora.settings.memory import LAYER_TILE
 
 WARM_UP_TOKENS = 64
 """Of the step that makes AdamW's moments before the one that counts."""
@@ -103,6 +104,7 @@ def planned_step(settings: BenchMemorySettings, case: Case, foreach: bool) -> St
         accumulates=False,
         gradient_checkpointing="gradient_checkpointing" in switches,
         offload_activations="offload_activations" in switches,
+        layer_tile=LAYER_TILE if "layer_tiles" in switches else None,
         tiled_mlp="tiled_mlp" in switches,
         offload_optimizer="offload_optimizer" in switches,
         base_bits=4 if "base_bits" in switches else None,

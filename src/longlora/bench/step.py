@@ -283,12 +283,13 @@ def _refuse_too_large(anatomy: Anatomy, settings: BenchStepSettings, context: in
         loss_chunk=settings.loss_chunk,
         accumulates=False,
         gradient_checkpointing=settings.gradient_checkpointing,
+        layer_tile=settings.memory.layer_tile,
         tiled_mlp=settings.memory.tiled_mlp,
         mlp_tile=settings.memory.mlp_tile,
         foreach=False,
     )
     steps = {"s2": ours, "full": replace(ours, group_size=None)}
-    steps["plain"] = replace(steps["full"], loss_chunk=None, tiled_mlp=False)
+    steps["plain"] = replace(steps["full"], loss_chunk=None, tiled_mlp=False, layer_tile=None)
     most = max(memory.total for name in settings.ways for memory in step_memory(anatomy, steps[name]).values())
     moments = 16 * anatomy.trainees.numbers * 2  # of the two ways that wait
     if most + moments > free:

@@ -32,7 +32,6 @@ from longlora.model.adapters import add_adapters_from
 from longlora.model.lm_head import unwrapped
 from longlora.model.loading import quiet
 from longlora.model.memory_saving.four_bit_base import quantise_base
-from longlora.model.memory_saving.liger_loss import choose_loss_kernel
 from longlora.model.memory_saving.offloaded_activations import checkpointing_arguments
 from longlora.model.memory_saving.tiled_mlp import tile_mlp
 from longlora.settings import STEP_WAYS, BenchStepSettings, MemorySettings, PatternOptions
@@ -211,8 +210,7 @@ def _way(name: str, model: nn.Module, settings: BenchStepSettings, device: torch
     trainer = ContextTrainer(
         training=settings.training,
         in_order=True,
-        loss_kernel=choose_loss_kernel(memory.loss_kernel, unwrapped(model)),
-        offload_optimizer=memory.offload_optimizer,
+        memory=memory,
         model=model,
         args=arguments,
         train_dataset=rows,
@@ -237,8 +235,7 @@ def _arguments(
         adam_beta1=training.beta1,
         adam_beta2=training.beta2,
         max_grad_norm=training.max_grad_norm,
-        gradient_checkpointing=training.gradient_checkpointing,
-        gradient_checkpointing_kwargs=checkpointing_arguments(memory.offload_activations),
+        **checkpointing_arguments(training.gradient_checkpointing, memory),
         bf16=training.dtype == "bfloat16",
         seed=training.seed,
         logging_steps=1,

@@ -14,6 +14,7 @@ Shapes: B rows, N tokens, E hidden size, V vocabulary, T scored tokens.
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Any, TypeVar, cast
 from weakref import WeakSet
 
@@ -87,19 +88,49 @@ def token_losses(model: nn.Module, hidden: Tensor, labels: Tensor, chunk: int = 
     """
     base = unwrapped(model)
 
-    def score(hidden: Tensor, labels: Tensor) -> Tensor:
+    def score(hidden: Tensor, labels: Tensor, count: int) -> Tensor:
+        hidden, wanted = _scored_of(hidden, labels, count)
         logits = _logits(base, hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return functional.cross_entropy(logits, labels.to(logits.device), reduction="none")
+        losses = functional.cross_entropy(logits, wanted.to(logits.device), reduction="none")
+        if count == len(labels):
+            return losses
+        return losses.new_zeros(labels.shape).masked_scatter((labels != IGNORED).to(losses.device), losses)
 
-    labels = labels.to(hidden.device)
-    scored = labels != IGNORED
-    chunks = zip(hidden[scored].split(chunk), labels[scored].split(chunk), strict=True)
+    parts = scored_parts(hidden, labels, chunk)
     if torch.is_grad_enabled():
-        losses = torch.cat([checkpoint(score, *part, use_reentrant=False) for part in chunks])
+        losses = [checkpoint(score, *part, use_reentrant=False) for part in parts]
     else:
-        losses = torch.cat([score(*part) for part in chunks])
-    return losses.new_zeros(labels.shape).masked_scatter(scored.to(losses.device), losses)
+        losses = [score(*part) for part in parts]
+    return torch.cat(losses).view(labels.shape)
+
+
+def scored_parts(hidden: Tensor, labels: Tensor, chunk: int) -> list[tuple[Tensor, Tensor, int]]:
+    """Views of neighbouring tokens, their labels, and how many of them are scored: `chunk`, in the last part fewer.
+
+    Views, because the scored tokens taken out of a long row are as large as the row, and so is their gradient.
+    """
+    labels = labels.to(hidden.device).flatten()
+    ends, scored = _ends_of_parts(labels, chunk)
+    sizes = [stop - start for start, stop in pairwise([0, *ends])]
+    counts = [chunk] * (len(sizes) - 1) + [scored - chunk * (len(sizes) - 1)]
+    return list(zip(hidden.flatten(0, 1).split(sizes), labels.split(sizes), counts, strict=True))
+
+
+def _scored_of(hidden: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    if count == len(labels):
+        return hidden, labels
+    scored = labels != IGNORED
+    return hidden[scored], labels[scored]
+
+
+def _ends_of_parts(labels: Tensor, chunk: int) -> tuple[list[int], int]:
+    """Where each part of `labels (T,)` ends that holds `chunk` scored tokens, the last one `T`; and all scored ones."""
+    scored = (labels != IGNORED).nonzero().flatten()
+    inner = scored[chunk - 1 :: chunk]
+    if len(scored) % chunk == 0:
+        inner = inner[:-1]  # what follows the last scored token belongs to it
+    return [*(inner + 1).tolist(), len(labels)], len(scored)
 
 
 def run_token_losses(
@@ -150,8 +181,9 @@ def causal_lm_loss(
     def summed(hidden: Tensor) -> Tensor:
         if kernel == "chunked":
             return token_losses(model, hidden, labels, chunk).sum()
-        scored = labels.to(hidden.device) != IGNORED
-        return liger_loss(unwrapped(model), hidden[scored], labels.to(hidden.device)[scored], chunk)
+        base, many = unwrapped(model), 32 * chunk  # Liger cuts them once more
+        losses = [liger_loss(base, *_scored_of(*part), chunk) for part in scored_parts(hidden, labels, many)]
+        return torch.stack(losses).sum()
 
     losses, outputs = _run(model, inputs, summed)
     loss = losses / torch.as_tensor(num_items, device=losses.device)

@@ -120,6 +120,9 @@ class Anatomy:
     tiles: bool
     """The feed-forward parts can run a tile of tokens at a time."""
 
+    layer_tiles: bool
+    """Whole layers can."""
+
     final_norm_operations: int
     layers: tuple[LayerShape, ...]
     trainees: Trainees

@@ -27,6 +27,7 @@ def duration(anatomy: Anatomy, settings: PlanSettings, gradient_checkpointing: b
             forward = causal_flops(anatomy, context, attention, pattern, min(group_size, context))
             operations = training_flops(anatomy, forward, context, gradient_checkpointing)
             operations += forward.ffn if settings.memory.tiled_mlp else 0  # each tile once more
+            operations += forward.projection if settings.memory.layer_tile else 0  # keys and values once more
             row += operations * steps / training.steps
         flops = row * training.batch
         found[name] = {

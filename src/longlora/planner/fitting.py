@@ -9,12 +9,14 @@ from longlora.planner.anatomy import Anatomy
 from longlora.planner.layer_memory import Step
 from longlora.planner.memory import Memory, peak, step_memory
 from longlora.settings import PlanSettings
+from longlora.settings.memory import LAYER_TILE
 
 SWITCHES = (
     "chunked_loss",
     "shard",
     "tiled_mlp",
     "gradient_checkpointing",
+    "layer_tiles",
     "offload_activations",
     "offload_optimizer",
     "base_bits",
@@ -24,13 +26,14 @@ SWITCHES = (
 LADDER = (
     "chunked_loss",
     "gradient_checkpointing",
+    "layer_tiles",
     "tiled_mlp",
     "offload_activations",
     "offload_optimizer",
     "base_bits",
     "shard",
 )
-"""The order in which a table adds one after the other."""
+"""The order in which a table adds one after the other, tiles of the MLP only where layers cannot be in tiles."""
 
 STEP_TOKENS = 256
 """The longest context is found to this many tokens."""
@@ -61,6 +64,7 @@ class Fit:
             accumulates=training.batch > rows,
             gradient_checkpointing="gradient_checkpointing" in switches,
             offload_activations="offload_activations" in switches,
+            layer_tile=(settings.memory.layer_tile or LAYER_TILE) if "layer_tiles" in switches else None,
             tiled_mlp="tiled_mlp" in switches,
             mlp_tile=settings.memory.mlp_tile,
             offload_optimizer="offload_optimizer" in switches,
@@ -88,6 +92,7 @@ class Fit:
         on = {
             "chunked_loss": True,
             "gradient_checkpointing": settings.training.gradient_checkpointing,
+            "layer_tiles": bool(settings.memory.layer_tile),
             "tiled_mlp": settings.memory.tiled_mlp,
             "offload_activations": settings.memory.offload_activations,
             "offload_optimizer": settings.memory.offload_optimizer,
@@ -100,6 +105,7 @@ class Fit:
         """The switches that can act on this model and these GPUs."""
         without = {"base_bits"} if self.anatomy.trainees.whole or not self.anatomy.trainees.frozen_linear else set()
         without |= set() if self.anatomy.tiles else {"tiled_mlp"}
+        without |= set() if self.anatomy.layer_tiles else {"layer_tiles"}
         without |= {"shard"} if self.settings.gpus == 1 else set()
         return tuple(name for name in SWITCHES if name not in without)
 
@@ -109,12 +115,15 @@ class Fit:
         cost = {name: 2**place for place, name in enumerate(SWITCHES)}
         subsets = [chosen for count in range(len(possible) + 1) for chosen in combinations(possible, count)]
         for chosen in sorted(subsets, key=lambda names: sum(cost[name] for name in names)):
-            if "offload_activations" not in chosen or "gradient_checkpointing" in chosen:
+            finer = {"offload_activations", "layer_tiles"} & set(chosen)
+            if (not finer or "gradient_checkpointing" in chosen) and not {"layer_tiles", "tiled_mlp"} <= set(chosen):
                 yield tuple(name for name in LADDER if name in chosen)
 
     def ladder(self) -> Iterator[tuple[str, ...]]:
         """No switch, then one more at a time."""
         possible = [name for name in LADDER if name in self.possible()]
+        if {"layer_tiles", "tiled_mlp"} <= set(possible):
+            possible.remove("tiled_mlp")
         for count in range(len(possible) + 1):
             yield tuple(possible[:count])
 
@@ -176,6 +185,7 @@ def with_switches(settings: PlanSettings, switches: tuple[str, ...]) -> PlanSett
         training=replace(settings.training, gradient_checkpointing="gradient_checkpointing" in switches),
         memory=replace(
             settings.memory,
+            layer_tile=(settings.memory.layer_tile or LAYER_TILE) if "layer_tiles" in switches else None,
             tiled_mlp="tiled_mlp" in switches,
             offload_activations="offload_activations" in switches,
             offload_optimizer="offload_optimizer" in switches,

@@ -34,6 +34,9 @@ class Step:
 
     gradient_checkpointing: bool = True
     offload_activations: bool = False
+    layer_tile: int | None = None
+    """Tokens of a row that a layer takes at a time; default all."""
+
     tiled_mlp: bool = False
     mlp_tile: int | None = None
     """Tokens of a tile; default the width of the hidden states."""
@@ -56,6 +59,16 @@ class Step:
     def tokens(self) -> int:
         """Tokens on the device at a time."""
         return -(-self.context // self.context_parallel) * self.rows
+
+    @property
+    def tile(self) -> int:
+        """Tokens of a row that a layer takes at a time."""
+        return min(self.layer_tile or self.context, self.context)
+
+    @property
+    def tile_tokens(self) -> int:
+        """The same over the rows on the device."""
+        return min(self.tile * self.rows, self.tokens)
 
     @property
     def number(self) -> int:

@@ -32,10 +32,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, modeling_utils
 
 from longlora.attention.transformers_backend import use_shifted_attention
 from longlora.errors import UserError
+from longlora.model import lm_head
 from longlora.model.adapters import add_adapters_from, parameter_groups
 from longlora.model.lm_head import causal_lm_loss, unwrapped
 from longlora.model.loading import quiet
+from longlora.model.memory_saving import offloaded_activations
 from longlora.model.memory_saving.in_the_model import save_memory_in
+from longlora.model.memory_saving.layer_tiles import tile_layers
 from longlora.model.memory_saving.liger_loss import why_not_liger
 from longlora.model.memory_saving.offloaded_activations import checkpoint_layers
 from longlora.model.memory_saving.offloaded_optimizer import OffloadedAdamW
@@ -96,7 +99,8 @@ def measure(trainee: Trainee, way: str, contexts: list[int], limit_bytes: int) -
             raise UserError("a 4-bit base is made of real numbers: give --measure-by process or gpu.")
         model = build(trainee, torch.device("meta"))
         live = LiveBytes()
-        with FakeTensorMode(allow_non_fake_inputs=True), live, _PlainAnswers(), _saved_elsewhere(live):
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with fake, live, _PlainAnswers(), _saved_elsewhere(live):
             _materialise(model, device)
             return _grow(Run(trainee, model, device, live.elsewhere), contexts, limit_bytes, live.most)
     if way == "process" and (trainee.memory.offload_activations or trainee.memory.offload_optimizer):
@@ -180,14 +184,26 @@ class _PlainAnswers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _saved_elsewhere(live: LiveBytes) -> AbstractContextManager:
-    """`save_on_cpu`, which transformers checkpoints with, where the model itself is on the CPU: it copies still."""
+@contextmanager
+def _saved_elsewhere(live: LiveBytes) -> Iterator[None]:
+    """What is offloaded, by transformers' checkpointing or by tiles, where the model itself is on the CPU: it is copied
+    still, there and back. And every token is scored."""
 
-    def pack(tensor: Tensor) -> Tensor:
+    def there(tensor: Tensor) -> Tensor:
         with live.elsewhere():
             return tensor.clone()
 
-    return patch.object(modeling_utils, "save_on_cpu", lambda **_: saved_tensors_hooks(pack, torch.clone))
+    with (
+        patch.object(modeling_utils, "save_on_cpu", lambda **_: saved_tensors_hooks(there, torch.clone)),
+        patch.object(offloaded_activations, "to_host", there),
+        patch.object(offloaded_activations, "from_host", lambda tensor, _: tensor.clone()),
+        patch.object(lm_head, "_ends_of_parts", lambda labels, chunk: (_every(chunk, len(labels)), len(labels))),
+    ):
+        yield
+
+
+def _every(chunk: int, tokens: int) -> list[int]:
+    return [*range(chunk, tokens, chunk), tokens]
 
 
 class _CudaMeter:
@@ -234,7 +250,9 @@ class Run:
         """`on_host` surrounds what makes tensors on the host."""
         self.trainee, self.model, self.device = trainee, model.train(), device
         training, memory = trainee.training, trainee.memory
-        if training.gradient_checkpointing:
+        if memory.layer_tile:
+            tile_layers(unwrapped(model), memory.layer_tile, memory.offload_activations)
+        elif training.gradient_checkpointing:
             checkpoint_layers(model, memory.offload_activations)
         liger = memory.loss_kernel != "chunked" and why_not_liger(unwrapped(model)) is None
         self.loss_kernel = "liger" if liger else "chunked"

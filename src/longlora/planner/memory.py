@@ -24,6 +24,9 @@ QUANTISED = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 LOSS_BYTES = 12
 """Of a logit in the backward of cross-entropy: log-softmax, its gradient and the loss's, each in float32."""
 
+NORM_BYTES = 25
+"""Of a hidden number in the backward of an RMSNorm, which is written out in float32."""
+
 LOSS_FORWARD_BYTES = 8
 """Of a logit in the forward pass: the float32 logit and its log-softmax."""
 
@@ -105,10 +108,14 @@ class _Device:
             else:  # a sum of gradients in float32 and the weight's cast; then a new gradient and the new sum
                 summed, cast = 4 * self.embedding, gradient if step.low_precision else 0
                 logits = max(logits + summed + cast, 3 * summed)
+        gradients = self.gradients if step.accumulates else 0
+        if step.layer_tile:  # what enters the norm and the head, or its gradient in chunks and whole; then the norm's
+            inputs = self._inputs() + 3 * self.layer_input
+            norm = self.layer_input + step.tile_tokens * NORM_BYTES * anatomy.hidden
+            return _larger([self._memory(gradients, inputs, logits=logits), self._memory(gradients, inputs + norm)])
         activations = self.kept + step.tokens * anatomy.hidden * norm_bytes(anatomy, anatomy.layers[-1])
         if step.loss_chunk is not None:
             activations += 2 * self.layer_input  # the scored tokens and their gradient
-        gradients = self.gradients if step.accumulates else 0
         backward = self._memory(gradients, activations, logits=logits, workspace=self._kept_casts())
         if not (self.casts_weights and step.gradient_checkpointing):
             return backward
@@ -128,7 +135,7 @@ class _Device:
             workspace += step.number * max(layer.largest_weight for _, layer, _ in self.kinds)
         last = self._memory(
             (present if step.accumulates else 0) + waiting,
-            (0 if step.offload_activations else self.kept) + inside,
+            (0 if step.offload_activations else self.kept) + inside + self._tables(),
             workspace=workspace + self._kept_casts(),
         )
         first = 0 if step.offload_activations else 2 * self.layer_input
@@ -151,6 +158,10 @@ class _Device:
     def _memory(self, gradients: float, activations: float = 0, *, logits: float = 0, workspace: float = 0) -> Memory:
         parts = (self.weights, gradients, self.optimizer, activations, logits, workspace + self._gathered())
         return Memory(*(round(part) for part in parts))
+
+    def _inputs(self) -> float:
+        """Of all layers, as far as they are on the device."""
+        return 0 if self.step.offload_activations else len(self.anatomy.layers) * self.layer_input
 
     def _kept(self) -> float:
         """By all layers when the last has run."""
@@ -179,6 +190,8 @@ class _Device:
     def _inside(self, layer: LayerBytes, shape: LayerShape, _count: int) -> tuple[float, float]:
         """What the backward of one layer adds to what is kept, and its copies and gradients of matrices."""
         step = self.step
+        if step.layer_tile:
+            return self._inside_in_tiles(layer, shape)
         kept = 0 if step.gradient_checkpointing else layer.kept
         early = layer.attention + layer.norms
         a_token = [
@@ -198,6 +211,32 @@ class _Device:
             candidates.append((a_token[1], casts - used + sums))
         most, matrices = max(candidates, key=lambda part: step.tokens * part[0] + part[1])
         return self.layer_input + step.tokens * (most - kept), matrices
+
+    def _inside_in_tiles(self, layer: LayerBytes, shape: LayerShape) -> tuple[float, float]:
+        """The same of a layer in tiles: two gradients, keys and values with theirs in float32, and a tile's backward.
+
+        A tile's attention sums the gradients of what it reads of earlier tokens in float32, and hands them on.
+        """
+        step, pair = self.step, shape.key + shape.value
+        early = layer.attention + layer.norms
+        later = max(layer.late_norms + layer.feedforward, layer.feedforward + layer.feedforward_backward)
+        feedforward = early + max(later, layer.norm_backward)
+        halo = max(0, min(step.group_size or step.context, step.context) - step.tile) * step.rows
+        attention = step.tile_tokens * (layer.attention + layer.attention_backward) + halo * (4 + step.number) * pair
+        inside = self.layer_input * 2 + max(step.tile_tokens * feedforward, attention)
+        inside += step.tile_tokens * self.anatomy.hidden * 2 * stream_bytes(self.anatomy, step)  # its input and output
+        if step.tile_tokens < step.tokens:
+            inside += step.tokens * (4 + step.number) * pair + step.tile_tokens * step.number * pair
+        if not self.anatomy.trainees.whole:
+            return inside, 0
+        casts = 2 * shape.weights if step.low_precision else 0
+        return inside, 4 * shape.weights + casts + step.number * shape.largest_weight
+
+    def _tables(self) -> float:
+        """Of the rotary positions, which layers in tiles share as all layers do; small beside what others keep."""
+        anatomy, step = self.anatomy, self.step
+        width = anatomy.rotary / (anatomy.heads + anatomy.key_heads)
+        return step.tokens / step.rows * 2 * width * step.number if step.layer_tile else 0
 
 
 def _larger(candidates: Iterable[Memory]) -> Memory:

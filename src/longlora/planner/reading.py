@@ -4,6 +4,7 @@ The model and what trains in it are built by transformers and by `longlora.model
 family counts as it really is: fused projections, grouped queries, normalised heads, experts, windows, tied heads.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,6 +17,7 @@ from longlora.attention.transformers_backend import use_shifted_attention
 from longlora.errors import UserError
 from longlora.model.adapters import add_adapters_from, attention_projections, norm_modules, trainable_summary
 from longlora.model.loading import quiet, window
+from longlora.model.memory_saving.layer_tiles import refuse_layer_tiles
 from longlora.model.memory_saving.tiled_mlp import decoder_layers, feedforward_modules
 from longlora.model.source import first_line
 from longlora.planner.anatomy import Anatomy, LayerShape, Trainees
@@ -69,7 +71,8 @@ def read_anatomy(config: PreTrainedConfig, trainable: TrainableSettings, trust_r
         rotary=turned * (heads + key_heads) if rope else 0,
         tied=head.weight is embedding.weight,
         written_out=bool(getattr(text, "attn_logit_softcapping", None)),
-        tiles=_tiles(model),
+        tiles=_can(feedforward_modules, model),
+        layer_tiles=_can(refuse_layer_tiles, model),
         final_norm_operations=sum(_norm_operations(norm, 1) for norm in norms.values() if id(norm) not in inside),
         layers=shapes,
         trainees=_trainees(model, trainable),
@@ -91,11 +94,12 @@ def build_without_storage(
         raise UserError(f"no model can be built from this {config.model_type} config: {first_line(error)}.") from error
 
 
-def _tiles(model: PreTrainedModel) -> bool:
+def _can(find: Callable[[PreTrainedModel], object], model: PreTrainedModel) -> bool:
     try:
-        return bool(feedforward_modules(model))
+        find(model)
     except UserError:
         return False
+    return True
 
 
 @dataclass(frozen=True)

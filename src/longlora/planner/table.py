@@ -14,6 +14,7 @@ MOMENTS = {
 SAYS = {
     "chunked_loss": "loss in chunks",
     "gradient_checkpointing": "gradient checkpointing",
+    "layer_tiles": "layers in tiles",
     "tiled_mlp": "tiled MLP",
     "offload_activations": "activations offloaded",
     "offload_optimizer": "optimizer offloaded",

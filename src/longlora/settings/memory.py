@@ -11,6 +11,9 @@ MEMORY = ("manual", "auto")
 
 LOSS_KERNELS = ("auto", "chunked", "liger")
 
+LAYER_TILE = 8192
+"""Tokens of a layer's tile that `--memory auto` takes: enough to keep a GPU busy."""
+
 _UNITS = {"MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30}
 
 
@@ -24,6 +27,10 @@ class MemorySettings:
 
     offload_activations: bool = False
     """Keep in the host's memory what gradient checkpointing saves."""
+
+    layer_tile: int | None = None
+    """Tokens of a row that a decoder layer takes at a time, forward and backward; default all. It is gradient
+    checkpointing cut finer; 8192 keeps a GPU busy."""
 
     tiled_mlp: bool = False
     """Run the feed-forward part of a layer on a tile of tokens at a time (ALST, arXiv 2506.13996)."""
@@ -58,6 +65,10 @@ class MemorySettings:
             at_least("mlp-tile", self.mlp_tile, 1, "tokens")
             if not self.tiled_mlp and self.memory == "manual":
                 raise UserError("--mlp-tile is the tile of --tiled-mlp: give that too, or leave it out.")
+        if self.layer_tile is not None:
+            at_least("layer-tile", self.layer_tile, 1, "tokens")
+            if self.tiled_mlp:
+                raise UserError("--tiled-mlp has no effect with --layer-tile, whose tiles hold the MLP: leave it out.")
         if not 0 <= self.reserve < 1:
             raise UserError(f"--reserve is {self.reserve:g}: it must be a share from 0 up to, not including, 1.")
         _ = self.bytes_to_fit
@@ -82,6 +93,11 @@ class MemorySettings:
 
     def check(self, gradient_checkpointing: bool, train: tuple[str, ...]) -> None:
         """Raises UserError where a switch does not go with what trains, or with no gradient checkpointing."""
+        if self.layer_tile and not gradient_checkpointing and self.memory == "manual":
+            raise UserError(
+                "--layer-tile is gradient checkpointing in tiles, and that is off: leave out "
+                "--no-gradient-checkpointing."
+            )
         if self.offload_activations and not gradient_checkpointing and self.memory == "manual":
             raise UserError(
                 "--offload-activations moves what gradient checkpointing saves, and that is off: leave out "

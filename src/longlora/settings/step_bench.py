@@ -8,7 +8,7 @@ import tyro
 from longlora.errors import UserError, check_choice
 from longlora.settings.extension import OptimisationSettings, TrainableSettings, TrainingSettings
 from longlora.settings.fields import CommandSettings, LoadSettings, Names, Tokens, at_least, choice
-from longlora.settings.memory import MemorySettings
+from longlora.settings.memory import LAYER_TILE, MemorySettings
 from longlora.settings.model import AttentionSettings, PatternOptions
 
 STEP_WAYS = ("s2", "full", "plain")
@@ -16,8 +16,8 @@ STEP_WAYS = ("s2", "full", "plain")
 
 STEP_DTYPES = ("float32", "bfloat16")
 
-MEMORY_SWITCHES = ("gradient_checkpointing", "tiled_mlp", "offload_activations", "offload_optimizer", "base_bits")
-"""In the order of the plan's ladder."""
+MEMORY_SWITCHES = ("gradient_checkpointing", "layer_tiles", "offload_activations", "offload_optimizer", "base_bits")
+"""In the order of the plan's ladder, which `tiled_mlp` can take the second place of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,14 +132,11 @@ class BenchMemorySettings(MeasuredStepSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.switches:
-            check_choice("--switches part", name, MEMORY_SWITCHES)
-        if (
-            "offload_activations"
-            in self.switches[: [*self.switches, "gradient_checkpointing"].index("gradient_checkpointing")]
-        ):
+            check_choice("--switches part", name, (*MEMORY_SWITCHES, "tiled_mlp"))
+        before = self.switches[: [*self.switches, "gradient_checkpointing"].index("gradient_checkpointing")]
+        for name in {"offload_activations", "layer_tiles"} & set(before):
             raise UserError(
-                "--switches names offload_activations before gradient_checkpointing, whose saved activations it moves: "
-                "name that first."
+                f"--switches names {name} before gradient_checkpointing, which it is a way of: name that first."
             )
 
     def ladder(self) -> list[tuple[str, ...]]:
@@ -151,6 +148,7 @@ class BenchMemorySettings(MeasuredStepSettings):
         shared = {field.name: getattr(self, field.name) for field in fields(MeasuredStepSettings)}
         memory = MemorySettings(
             offload_activations="offload_activations" in switches,
+            layer_tile=LAYER_TILE if "layer_tiles" in switches else None,
             tiled_mlp="tiled_mlp" in switches,
             offload_optimizer="offload_optimizer" in switches,
             base_bits=4 if "base_bits" in switches else None,

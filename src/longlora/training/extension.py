@@ -57,7 +57,7 @@ def extend(settings: ExtendSettings) -> dict[str, Any]:
     Returns:
         `{"output", "positions", "attention", "trainable", "training", "memory", "data", "evaluation"}`, also written to
         the run directory as `evaluation/summary.json`; `memory` is `{"gradient_checkpointing", "offload_activations",
-        "tiled_mlp", "mlp_tile", "offload_optimizer", "base_bits", "loss_kernel"}`, as it was chosen.
+        "layer_tile", "tiled_mlp", "mlp_tile", "offload_optimizer", "base_bits", "loss_kernel"}`, as chosen.
 
     Raises:
         UserError: any setting, document, model or folder that does not fit, before anything is trained.
@@ -312,7 +312,7 @@ def _story(summary: dict[str, Any]) -> str:
 
 def memory_facts(memory: MemorySettings, gradient_checkpointing: bool) -> dict[str, Any]:
     """The switches that a run trains with, for its summary."""
-    names = ("offload_activations", "tiled_mlp", "mlp_tile", "offload_optimizer", "base_bits", "loss_kernel")
+    names = "offload_activations layer_tile tiled_mlp mlp_tile offload_optimizer base_bits loss_kernel".split()
     return {"gradient_checkpointing": gradient_checkpointing} | {name: getattr(memory, name) for name in names}
 
 

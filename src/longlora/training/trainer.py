@@ -27,6 +27,7 @@ from longlora.errors import UserError
 from longlora.evaluation.perplexity import perplexity
 from longlora.model.adapters import parameter_groups
 from longlora.model.lm_head import causal_lm_loss, unwrapped
+from longlora.model.memory_saving.layer_tiles import tile_layers
 from longlora.model.memory_saving.liger_loss import choose_loss_kernel
 from longlora.model.memory_saving.offloaded_activations import checkpointing_arguments
 from longlora.model.memory_saving.offloaded_optimizer import OffloadedAdamW
@@ -66,15 +67,18 @@ class ContextTrainer(Trainer):
         run: RunDirectory | None = None,
         held_out_loss: HeldOutLoss | None = None,
         before: Callable[[], None] | None = None,
-        loss_kernel: str = "chunked",
-        offload_optimizer: bool = False,
+        memory: MemorySettings = MemorySettings(),
         **arguments: Any,
     ):
         self.is_sharded = is_sharded(arguments["model"])
         super().__init__(**arguments)
         self.run, self.training, self.in_order, self.held_out_loss = run, training, in_order, held_out_loss
         self.before = before
-        self.loss_kernel, self.offload_optimizer = loss_kernel, offload_optimizer
+        plain = unwrapped(cast(nn.Module, self.model))
+        self.loss_kernel = choose_loss_kernel(memory.loss_kernel, plain)
+        self.offload_optimizer = memory.offload_optimizer
+        if memory.layer_tile:
+            tile_layers(plain, memory.layer_tile, memory.offload_activations)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the Trainer does; a model that is sharded already is neither moved nor wrapped."""
@@ -291,7 +295,7 @@ def train(
         context: tokens of the longest row there may be; default the first row's.
         tokens_per_step: tokens of an optimiser step, on average; default `training.batch` rows of `context`.
         collate: makes one batch of rows of several lengths.
-        memory: what is offloaded, and the kernel of the loss; a tiled MLP and a 4-bit base are the model's already.
+        memory: layers in tiles, what is offloaded, the kernel of the loss; the rest of it the model has already.
         before: called once the engine has taken over `model`, before a checkpoint is loaded: what is to be measured of
             the model as it comes.
 
@@ -304,7 +308,7 @@ def train(
         Interrupted: a signal ended it before its last step.
     """
     memory = memory or MemorySettings()
-    arguments = _trainer_arguments(training, run.path, held_out_loss is not None, memory.offload_activations)
+    arguments = _trainer_arguments(training, run.path, held_out_loss is not None, memory)
     arguments.gradient_accumulation_steps = training.batch // (training.device_batch * arguments.world_size)
     # the Trainer writes it into the config, which is saved with the result; the loss asks for no cache anyway
     arguments.use_cache = getattr(unwrapped(model).config, "use_cache", False)
@@ -319,8 +323,7 @@ def train(
         training=training,
         in_order=in_order,
         held_out_loss=held_out_loss,
-        loss_kernel=choose_loss_kernel(memory.loss_kernel, unwrapped(model)),
-        offload_optimizer=memory.offload_optimizer,
+        memory=memory,
         model=model,
         args=arguments,
         train_dataset=FilledUp(rows),
@@ -363,7 +366,7 @@ def train(
 
 
 def _trainer_arguments(
-    training: TrainingSettings, folder: Path, evaluates: bool, offload_activations: bool
+    training: TrainingSettings, folder: Path, evaluates: bool, memory: MemorySettings
 ) -> TrainingArguments:
     every = training.evaluate_every if evaluates else None
     on_cpu = not torch.accelerator.is_available()
@@ -379,8 +382,7 @@ def _trainer_arguments(
         lr_scheduler_type="constant_with_warmup" if training.schedule == "constant" else training.schedule,
         warmup_steps=training.warmup_steps,
         max_grad_norm=training.max_grad_norm,
-        gradient_checkpointing=training.gradient_checkpointing,
-        gradient_checkpointing_kwargs=checkpointing_arguments(offload_activations),
+        **checkpointing_arguments(training.gradient_checkpointing, memory),
         bf16=training.dtype == "bfloat16",
         fp16=training.dtype == "float16",
         seed=training.seed,

@@ -37,14 +37,14 @@ class TiledForward:
             return self.forward(hidden)
         tiles = tokens.unsqueeze(0).split(self.tile, dim=1)
         if torch.is_grad_enabled():
-            with _casts_of_its_own(hidden.device.type):
+            with casts_of_its_own(hidden.device.type):
                 done = [checkpoint(self.forward, tile, use_reentrant=False) for tile in tiles]
         else:
             done = [self.forward(tile) for tile in tiles]
         return torch.cat(done, dim=1).view(*hidden.shape[:-1], -1)
 
 
-def _casts_of_its_own(device: str) -> AbstractContextManager:
+def casts_of_its_own(device: str) -> AbstractContextManager:
     """Autocast as it is, but for its cache of weights: gradients of a shared cast would be summed in its precision."""
     if not torch.is_autocast_enabled(device):
         return nullcontext()
@@ -66,9 +66,14 @@ def tile_mlp(model: PreTrainedModel, tile: int | None = None) -> int:
     """
     tile = tile or model.config.get_text_config().hidden_size
     for module in feedforward_modules(model):
-        own = module.forward.forward if isinstance(module.forward, TiledForward) else module.forward
-        module.forward = TiledForward(own, tile)
+        in_tiles(module, tile)
     return tile
+
+
+def in_tiles(module: nn.Module, tile: int) -> None:
+    """Make `module`, which treats each token alone, run `tile` tokens at a time."""
+    own = module.forward.forward if isinstance(module.forward, TiledForward) else module.forward
+    module.forward = TiledForward(own, tile)
 
 
 def feedforward_modules(model: PreTrainedModel) -> list[nn.Module]:
