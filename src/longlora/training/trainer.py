@@ -67,7 +67,7 @@ class ContextTrainer(Trainer):
         run: RunDirectory | None = None,
         held_out_loss: HeldOutLoss | None = None,
         before: Callable[[], None] | None = None,
-        memory: MemorySettings = MemorySettings(),
+        memory: MemorySettings,
         **arguments: Any,
     ):
         self.is_sharded = is_sharded(arguments["model"])
