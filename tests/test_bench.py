@@ -11,7 +11,8 @@ from longlora import cli
 from longlora.attention.layout import plan
 from longlora.attention.shifted import shifted_attention
 from longlora.bench import attention as bench
-from longlora.bench import attention_costs, bench_attention, machine
+from longlora.bench import machine
+from longlora.bench.attention import bench_attention
 from longlora.bench.correctness import TOLERANCE, find_wrong
 from longlora.bench.machine import peak_bytes
 from longlora.errors import UserError
@@ -412,22 +413,6 @@ def test_a_group_as_long_as_the_row_is_full_attention():
 def test_every_pattern_is_measured(pattern):
     (result,) = bench_attention(settings(pattern=pattern, length=(50,), rows=2, heads=8, key_heads=4))["results"]
     assert (result["pattern"], result["correct"]) == (pattern, True)
-
-
-def test_attention_costs_are_what_the_report_reads():
-    costs = attention_costs(
-        heads=4, key_heads=2, head_dim=8, lengths=(32, 64), group_sizes=(8, 16), dtype="float32", repeats=2
-    )
-    assert set(costs) == {"hardware", "dtype", "what", "rows"}
-    assert costs["dtype"] == "float32"
-    assert "4 query and 2 KV heads of 8" in costs["what"]
-    assert [(row["length"], row["group_size"]) for row in costs["rows"]] == [(32, 8), (64, 16)]
-    for row in costs["rows"]:
-        assert row["ratio"] > 0
-        for name in ("full", "s2"):
-            assert set(row[name]) == {"seconds", "memory_bytes"}
-            assert row[name]["seconds"] > 0
-            assert row[name]["memory_bytes"] > 0
 
 
 @pytest.mark.parametrize(

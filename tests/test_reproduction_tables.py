@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM
 from longlora import cli
 from longlora.cli import main
 from longlora.errors import UserError
+from longlora.report.recipe import defaults
 from longlora.reproduction import command, measuring, table_runs
 from longlora.reproduction.base import base_settings
-from longlora.reproduction.cells import defaults, differences
+from longlora.reproduction.cells import differences
 from longlora.reproduction.entries import Check, Entry, Size, size
 from longlora.reproduction.page import LIST_BEGINS, LIST_ENDS, OWN_WORDS, with_list, write_page
 from longlora.reproduction.paper import PAPER, TABLE_7
@@ -269,7 +270,7 @@ def test_a_flag_that_a_run_did_not_state_had_what_is_its_default_now():
     assert differences(base, {}).keys() >= {"context", "lr"}
     stated = {name: plain(given) for name, (_, given) in differences(base, {}).items()}
     assert differences(base, stated) == {}
-    usual = defaults(ExtendSettings)
+    usual = dict(defaults(ExtendSettings))
     assert (usual["rank"], usual["weight_decay"], usual["packing"]) == (8, 0.0, "concatenate")
     weighed = replace(base, training=replace(base.training, weight_decay=0.1))
     assert differences(weighed, stated) == {"weight_decay": (0.0, 0.1)}

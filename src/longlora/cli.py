@@ -45,7 +45,7 @@ COMMANDS: dict[str, tuple[type[s.CommandSettings], str]] = {
     "cache": (s.CacheSettings, "longlora.corpus.cache_command:cache"),
     "reproduce": (s.ReproduceSettings, "longlora.reproduction.command:reproduce"),
     "demo": (s.DemoSettings, "longlora.demo:demo"),
-    "bench attention": (s.BenchAttentionSettings, "longlora.bench:bench_attention"),
+    "bench attention": (s.BenchAttentionSettings, "longlora.bench.attention:bench_attention"),
     "bench step": (s.BenchStepSettings, "longlora.bench.step:bench_step"),
     "bench memory": (s.BenchMemorySettings, "longlora.bench.memory:bench_memory"),
 }

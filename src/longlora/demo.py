@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from longlora.bench import attention_costs
+from longlora.bench.attention import bench_attention
 from longlora.errors import UserError
 from longlora.evaluation.command import perplexity_table
 from longlora.model.loading import load_config
@@ -15,6 +15,7 @@ from longlora.report.page import write_report
 from longlora.run_directory import RunDirectory
 from longlora.settings import (
     AttentionSettings,
+    BenchAttentionSettings,
     CorpusSettings,
     DemoSettings,
     ExtendSettings,
@@ -149,17 +150,28 @@ def _replace_earlier(run: RunDirectory) -> None:
 
 
 def _costs(model: Any, settings: ExtendSettings) -> dict[str, Any]:
-    config = model.config
-    lengths = (CONTEXT, 2 * CONTEXT)
-    return attention_costs(
-        heads=config.num_attention_heads,
-        key_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        lengths=lengths,
-        group_sizes=tuple(length // 4 for length in lengths),
-        dtype=settings.training.dtype,
-        repeats=3,
+    """Time and peak memory of S²-Attn and of full attention for the model's shape, for `evaluation/costs.json`."""
+    config, dtype, repeats = model.config, settings.training.dtype, 3
+    document = bench_attention(
+        BenchAttentionSettings(
+            length=(CONTEXT, 2 * CONTEXT),
+            heads=config.num_attention_heads,
+            key_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            dtype=dtype,
+            repeats=repeats,
+            backends=("sdpa",),
+            json=True,
+        )
     )
+    kept = ("length", "group_size", "full", "s2", "ratio")
+    return {
+        "hardware": document["hardware"],
+        "dtype": dtype,
+        "what": f"causal attention alone, forward + backward, {config.num_attention_heads} query and "
+        f"{config.num_key_value_heads} KV heads of {config.head_dim}, medians of {repeats} rounds in turn",
+        "rows": [{name: result[name] for name in kept} for result in document["results"]],
+    }
 
 
 def _story(summary: dict[str, Any], report: Path) -> str:

@@ -7,13 +7,14 @@ A killed table goes on with the cell it was in, from that cell's last checkpoint
 """
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from longlora.attention.cost import attention_cost
 from longlora.errors import UserError
 from longlora.model.positions import extend_positions
+from longlora.report.recipe import defaults
 from longlora.run_directory import RunDirectory, plain
 from longlora.settings import ExtendSettings
 from longlora.training.extension import Data, flat, load_for_training, prepare_data, train_extension
@@ -62,23 +63,12 @@ def differences(settings: ExtendSettings, stated: Mapping[str, Any]) -> dict[str
 
     A flag that the file does not know was added since; the run had what is its default now.
     """
-    usual = defaults(ExtendSettings)
+    usual = dict(defaults(ExtendSettings))
     found = {}
     for name, value in flat(settings).items():
         before = stated.get(name, plain(usual.get(name)))
         if name not in ("output", "resume", "cache") and before != plain(value):
             found[name] = (before, value)
-    return found
-
-
-def defaults(kind: Any) -> dict[str, Any]:
-    """The default of every setting of a dataclass and of those nested in it, by its flag's name."""
-    found: dict[str, Any] = {}
-    for field in fields(kind):
-        if is_dataclass(field.type):
-            found |= defaults(field.type)
-        elif field.default is not MISSING:
-            found[field.name] = field.default
     return found
 
 
