@@ -53,8 +53,8 @@ def empty_state(trainer: "ContextTrainer") -> dict[str, Tensor]:
 
 def take_over(trainer: "ContextTrainer", state: dict[str, Tensor]) -> None:
     """Give the engine's optimizer and model what `state` holds; every process must call with all of it."""
+    from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-    from deepspeed.zero import GatheredParameters
 
     steps = {float(value) for name, value in state.items() if name.startswith("step/")}
     _link(trainer)
