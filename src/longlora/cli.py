@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         quiet_libraries()
         module, _, function = COMMANDS[name][1].partition(":")
         result = getattr(importlib.import_module(module), function)(settings)
-        if settings.json:
+        if settings.json and ranks.rank() == 0:
             print(json.dumps(result))
     except UserError as error:
         _fail(str(error), 2)

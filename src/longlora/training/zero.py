@@ -76,11 +76,13 @@ def _link(trainer: "ContextTrainer") -> None:
     ZeRO-2 links them after the step of the first group, when the others have none (DeepSpeed 0.19).
     """
     engine = cast(Any, trainer.model_wrapped).optimizer
-    for group in engine.optimizer.param_groups:
-        for flat in group["params"]:
-            if not engine.optimizer.state.get(flat):
-                moments = {moment: torch.zeros_like(flat, requires_grad=False) for moment in MOMENTS}
-                engine.optimizer.state[flat] = {"step": torch.tensor(0.0), **moments}
+    flats = getattr(engine, "fp32_partitioned_groups_flat", None)  # ZeRO-3's
+    if flats is None:
+        flats = [flat for group in engine.optimizer.param_groups for flat in group["params"]]
+    for flat in flats:
+        if not engine.optimizer.state.get(flat):
+            moments = {moment: torch.zeros_like(flat, requires_grad=False) for moment in MOMENTS}
+            engine.optimizer.state[flat] = {"step": torch.tensor(0.0), **moments}
     if hasattr(engine, "_lazy_init_hp_params_optimizer_state"):
         engine._hp_optimizer_states_linked = False
         engine._lazy_init_hp_params_optimizer_state()
