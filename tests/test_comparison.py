@@ -20,7 +20,6 @@ from longlora.report.comparison.command import render_comparison, report
 from longlora.report.comparison.costs import cost
 from longlora.report.comparison.missing import missing
 from longlora.report.comparison.subjects import read_subjects
-from longlora.report.heat_map import LIGHT_FROM
 from longlora.report.reading import read_run
 from longlora.settings import AttentionSettings, ReportSettings, TrainingSettings
 
@@ -105,23 +104,22 @@ def test_the_first_sentences_hold_the_numbers(tmp_path: Path) -> None:
 
 def test_heat_maps_stand_side_by_side_on_one_scale(tmp_path: Path) -> None:
     found = section(page_of(write_runs(tmp_path)), "retrieval")
-    maps = [each for each in found.all("div", "map") if "Pass keys" in each.all("svg")[0]["aria-label"]]
+    maps = [each for each in found.all("div", "map") if "Pass keys" in each.all("table")[0]["aria-label"]]
     assert [each.all("p")[0].text for each in maps] == list(WORSE)
     for each, worse in zip(maps, WORSE.values(), strict=True):
         share = round(0.8 / worse, 3)
-        opacity = [float(square["fill-opacity"]) for square in each.all("rect", "heat")]
-        mean = (2 * share + 1) / 3
-        assert opacity == pytest.approx([1, share, 1, share, 1, 1, 1, mean], abs=5e-3)
-        numbers = each.all("text", "heat-number")
-        shades = (1, share, 1, share, 1, 1, 1, mean)
-        assert [number.text for number in numbers] == [f"{100 * shade:.0f}" for shade in shades]
-        assert ["light" in number.classes for number in numbers] == [shade >= LIGHT_FROM for shade in opacity]
-        places = [(square["x"], square["y"], square["width"]) for square in each.all("rect", "heat")]
-        assert places == [(square["x"], square["y"], square["width"]) for square in maps[0].all("rect", "heat")]
-    (topics,) = [each for each in found.all("div", "map") if "First topics" in each.all("svg")[0]["aria-label"]]
+        shares = (1, share, 1, share, 1, 1, 1, (2 * share + 1) / 3)
+        squares = each.all("td", "heat")
+        assert [float(square["style"].removeprefix("--share: ")) for square in squares] == pytest.approx(
+            shares, abs=1e-3
+        )
+        assert [square.all("data")[0].text for square in squares] == [f"{100 * each:.0f}" for each in shares]
+        assert squares[0].all("small")[0].text == "57–100", "five of five, by Wilson"
+        assert rows_of(each)[0] == ["depth, by context", "1,024", "4,096"]
+    (topics,) = [each for each in found.all("div", "map") if "First topics" in each.all("table")[0]["aria-label"]]
     assert topics.text.count("×") == 3, "twenty topics do not fit"
     assert "two: 10 of 30 prompts do not fit with their answers" in found.text
-    caption = found.all("figcaption")[0].text
+    caption = found.all("p", "note")[0].text
     for part in ("Trials a square: 5", "seed: 0", "keys: 1", "plain text", "1 min 2 s for two"):
         assert part in caption
     assert "20 topics take 440 tokens" in found.text
@@ -245,7 +243,8 @@ def test_what_was_measured_in_another_way_stands_apart(
     assert f"Not to be compared with the figures above: {why}" in apart
     # the two that are alike come first, and the odd one's numbers are in no picture or table with theirs
     shown = [[cell.text.strip() for cell in each.all("th")] for each in found.all("table")]
-    shown += [re.findall(r"\w+", picture["aria-label"]) for picture in found.all("svg")]
+    named = [each for each in (*found.all("svg"), *found.all("table")) if each.attributes.get("aria-label")]
+    shown += [re.findall(r"\w+", each["aria-label"]) for each in named]
     names = [{name for name in WORSE if any(name in words.split(", ") for words in each)} for each in shown]
     assert {"one"} in names
     # the other tasks of "retrieval" are still drawn together

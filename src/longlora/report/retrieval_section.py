@@ -1,12 +1,10 @@
-"""Passkeys, topics and lines found: a picture for each model, all on one scale, and what each was asked."""
+"""Passkeys, topics and lines found: tables with coloured squares, all on one scale, and what each model was asked."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from longlora.evaluation.statistics import Estimate, share
 from longlora.report import wording
-from longlora.report.charts import WIDTHS
-from longlora.report.heat_map import heat_map, scale
 from longlora.report.reading import Content, Evaluated
 from longlora.report.ways import alike, difference, in_words, way_of
 from longlora.results import RETRIEVALS, Answered, Retrieval
@@ -43,7 +41,7 @@ def retrieval(models: Sequence[Evaluated]) -> Content | None:
                     "groups": [_group(task, group, groups[0]) for group in groups],
                 }
             )
-    return {"tasks": tasks, "scale": scale(WIDTHS["narrow"])} if tasks else None
+    return {"tasks": tasks} if tasks else None
 
 
 def found_at(retrieval: Retrieval, context: int) -> Estimate | None:
@@ -58,7 +56,6 @@ def _group(task: str, group: Sequence[Asked], first: Sequence[Asked]) -> dict[st
     way, usual = way_of(group[0][1]), way_of(first[0][1])
     return {
         "panels": draw(task, group),
-        "totals": _totals(task, group),
         "way": in_words(way),
         "lengths": _lengths(task, group),
         "apart": difference(way, usual) if group is not first else "",
@@ -82,85 +79,36 @@ def in_percent(found: Estimate) -> str:
     return wording.percent(found.value) + ends
 
 
-def _totals(task: str, group: Sequence[Asked]) -> dict[str, Any]:
-    """For each model the share found at each length over all depths, with its interval."""
-    if task == "passkey":
-        columns = sorted({cell.context for _, found in group for cell in found.results})
-        rows = [(model.name, [found_at(found, context) for context in columns]) for model, found in group]
-        return {"heading": "context, tokens", "columns": columns, "rows": rows}
-    columns = sorted({cell.number for _, found in group for cell in found.results if cell.number})
-    by_number = [(model.name, {cell.number: cell for cell in found.results}) for model, found in group]
-    rows = [(name, [_estimate(cells.get(number)) for number in columns]) for name, cells in by_number]
-    return {"heading": OF[task], "columns": columns, "rows": rows}
-
-
-def _estimate(cell: Answered | None) -> Estimate | None:
-    return None if cell is None or cell.accuracy is None else share(cell.accuracy, cell.trials)
-
-
 def _asked(found: Retrieval) -> int:
     return sum(cell.trials for cell in found.results)
 
 
-def _by_depth(task: str, group: Sequence[Asked]) -> list[dict[str, str]]:
-    """A picture a model: contexts across, depths down, the same for all."""
+def _by_depth(task: str, group: Sequence[Asked]) -> list[dict[str, Any]]:
+    """A table a model: contexts across, depths down, the same for all."""
     contexts = sorted({cell.context for _, found in group for cell in found.results})
-    depths = sorted({cell.depth for _, found in group for cell in found.results if cell.depth is not None})
+    depths: list[float | None] = [
+        *sorted({c.depth for _, found in group for c in found.results if c.depth is not None})
+    ]
     panels = []
     for model, found in group:
         cells = {(cell.context, cell.depth): cell for cell in found.results}
-        rows: list[tuple[str, list[float | str | None]]] = [
-            (f"{depth:.0%}", [_shade(cells.get((context, depth))) for context in contexts]) for depth in depths
+        own = [*depths, *([None] if any(cell.depth is None for cell in found.results) else [])]
+        rows: list[tuple[str, list[Estimate | str | None]]] = [
+            ("any" if depth is None else f"{depth:.0%}", [_square(cells.get((context, depth))) for context in contexts])
+            for depth in own
         ]
-        if any(cell.depth is None for cell in found.results):
-            rows.append(("any", [_shade(cells.get((context, None))) for context in contexts]))
-        means = [found_at(found, context) for context in contexts]
         if len(depths) > 1:
-            rows.append(("all", [mean and mean.value for mean in means]))
-        said = ", ".join(
-            f"{in_percent(mean)} at {context:,}"
-            for context, mean in zip(contexts, means, strict=True)
-            if mean is not None
-        )
-        panels.append(
-            {
-                "name": model.name,
-                "svg": heat_map(
-                    contexts,
-                    rows,
-                    width=WIDTHS["narrow"],
-                    column_title="context, tokens",
-                    row_title="depth",
-                    description=f"{TITLES[task]} by {model.name}: {said or 'nothing was asked'}.",
-                ),
-            }
-        )
+            rows.append(("all", [found_at(found, context) for context in contexts]))
+        panels.append({"name": model.name, "across": "depth, by context", "columns": contexts, "rows": rows})
     return panels
 
 
-def _by_number(task: str, group: Sequence[Asked]) -> list[dict[str, str]]:
-    """One picture: the number of topics or lines across, a row a model."""
+def _by_number(task: str, group: Sequence[Asked]) -> list[dict[str, Any]]:
+    """One table: the number of topics or lines across, a row a model."""
     numbers = sorted({cell.number for _, found in group for cell in found.results if cell.number is not None})
-    rows = []
-    said = []
-    for model, found in group:
-        cells = {cell.number: cell for cell in found.results}
-        rows.append((model.name, [_shade(cells.get(number)) for number in numbers]))
-        shares = [
-            f"{wording.percent(cell.accuracy)} of {number:,}"
-            for number in numbers
-            if (cell := cells.get(number)) and cell.accuracy is not None
-        ]
-        said.append(f"{model.name}: {', '.join(shares) or 'nothing was asked'}")
-    picture = heat_map(
-        numbers,
-        rows,
-        width=WIDTHS["narrow"],
-        column_title=OF[task],
-        row_title="model",
-        description=f"{TITLES[task]}. {'; '.join(said)}.",
-    )
-    return [{"name": "", "svg": picture}]
+    by_number = [(model.name, {cell.number: cell for cell in found.results}) for model, found in group]
+    rows = [(name, [_square(cells.get(number)) for number in numbers]) for name, cells in by_number]
+    return [{"name": "", "across": OF[task], "columns": numbers, "rows": rows}]
 
 
 def _lengths(task: str, group: Sequence[Asked]) -> str:
@@ -176,7 +124,8 @@ def _lengths(task: str, group: Sequence[Asked]) -> str:
     return f"Prompts with {wording.listed(said)} on average."
 
 
-def _shade(cell: Answered | None) -> float | str | None:
-    if cell is None:
-        return None
-    return "does not fit" if cell.accuracy is None and cell.skipped else cell.accuracy
+def _square(cell: Answered | None) -> Estimate | str | None:
+    """A share with its interval; `×` for what does not fit; None where nothing was asked."""
+    if cell is None or cell.accuracy is None:
+        return "×" if cell and cell.skipped else None
+    return share(cell.accuracy, cell.trials)
