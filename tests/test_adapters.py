@@ -181,6 +181,68 @@ def test_low_precision_model_trains_in_float32(any_model: Any, name: str) -> Non
             assert error < 0.15, f"{path}: {error}"
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_q_k_and_v_keep_one_copy_of_their_input(
+    tiny_model: Any, dtype: torch.dtype, autocast: bool, recomputed: bool
+) -> None:
+    """Counted by a saved-tensors hook around one layer's attention; three, if each casts for itself."""
+    model = add_adapters(tiny_model("llama", num_hidden_layers=1).to(dtype), train=()).train()
+    attention = model.get_base_model().model.layers[0].self_attn
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    kept: list[set[int]] = []
+    alive = []
+
+    def look(module: torch.nn.Module, inputs: Any) -> None:
+        hook = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        kept.append(set())
+        hook.__enter__()
+        module.hook = hook
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape == (23, 64) or tensor.shape == (1, 23, 64):
+            kept[-1].add(tensor.untyped_storage().data_ptr())
+            alive.append(tensor)  # so that no address is given twice
+        return tensor
+
+    for projection in projections:
+        projection.register_forward_pre_hook(look)
+        projection.register_forward_hook(lambda module, *_: module.hook.__exit__(None, None, None))
+    if recomputed:
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+    ids = torch.arange(23)[None]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert len(kept) == (6 if recomputed else 3)
+    assert len(set.union(*kept[-3:])) == 1
+
+
+def test_the_shared_cast_changes_nothing_and_holds_nothing(tiny_model: Any) -> None:
+    ids = torch.arange(23)[None]
+    found = []
+    for shared in (True, False):
+        torch.manual_seed(0)
+        model = add_adapters(tiny_model("llama").to(torch.bfloat16)).train()
+        disturb(model)
+        attention = model.get_base_model().model.layers[0].self_attn
+        if not shared:
+            for module in model.modules():
+                vars(module).pop("_cast_input_dtype", None)
+        copy.deepcopy(model)
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        if shared:
+            assert attention.q_proj._cast_input_dtype is attention.v_proj._cast_input_dtype
+            assert attention.q_proj._cast_input_dtype.given is None
+    assert torch.equal(found[0][0], found[1][0])
+    for ours, pefts in zip(*found, strict=True):  # PEFT rounds three gradients to bfloat16 and adds them, ours once
+        assert (ours - pefts).norm() <= 0.02 * pefts.norm()
+
+
 def test_small_steps_are_not_lost(tiny_model: Any) -> None:
     model = add_adapters(tiny_model("llama").to(torch.bfloat16))
     norm = next(p for path, p in model.named_parameters() if p.requires_grad and "input_layernorm" in path)

@@ -2,16 +2,19 @@
 
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_runs import FACTOR, logits, make_run, save_base, seen_by_stock_libraries
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+import longlora
 from longlora.errors import UserError
 from longlora.model.merging import merge
 
@@ -170,3 +173,77 @@ def test_a_model_that_cannot_be_loaded_leaves_nothing(tiny_model: Any, tokenizer
     with pytest.raises(UserError, match=r"base' is not there"):
         merge(str(tmp_path / "run"), tmp_path / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+# ------------------------------------------------------------------------------------------- the LoRA kept apart
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "phi3"])  # separate projections, and one for all three
+def test_folder_and_kept_lora_are_the_run(
+    tiny_model: Any, tokenizer: Any, tmp_path: Path, architecture: str, tied: bool
+) -> None:
+    model = tiny_model(architecture, vocab_size=257, tie_word_embeddings=tied)
+    base = save_base(tmp_path / "base", model, tokenizer)
+    trained = make_run(tmp_path / "run", base, tokenizer, rank=3)
+    result = merge(str(tmp_path / "run"), tmp_path / "folder", keep_lora=True)
+    assert result["adapter"] == str(tmp_path / "folder" / "adapter")
+    assert result["tied"] == tied
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+    assert stock.config.rope_parameters == trained.config.rope_parameters
+    without = logits(stock)
+    both = PeftModel.from_pretrained(stock, str(tmp_path / "folder" / "adapter"))
+    expected = logits(trained)
+    assert (logits(both) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (without - expected).abs().max() > 1e-2, "a LoRA too small to test anything"
+    ours, _ = longlora.load(tmp_path / "folder" / "adapter")
+    assert torch.equal(logits(ours), logits(both))
+    assert torch.equal(logits(longlora.load(tmp_path / "folder")[0]), without)
+
+
+def test_the_kept_lora_is_what_servers_take(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """The rules of vLLM (vllm/lora/peft_helper.py, utils.py) and SGLang (srt/lora/lora_config.py), in their terms."""
+    base = save_base(tmp_path / "base", tiny_model("llama", vocab_size=257, tie_word_embeddings=True), tokenizer)
+    make_run(tmp_path / "run", base, tokenizer, rank=3)
+    merge(str(tmp_path / "run"), tmp_path / "folder", keep_lora=True)
+    adapter = tmp_path / "folder" / "adapter"
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert not settings["modules_to_save"]
+    assert (settings["use_dora"], settings["bias"], settings["use_rslora"]) == (False, "none", False)
+    assert not settings["rank_pattern"]
+    assert not settings["alpha_pattern"]
+    assert settings["base_model_name_or_path"] == str(tmp_path / "folder")
+    served = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert set(settings["target_modules"]) <= served
+    assert not (adapter / "added_tokens.json").exists()
+    folder = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    assert len(weights) == 2 * 4 * 2  # A and B, four projections, two layers
+    for name, weight in weights.items():
+        found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
+        assert found, name
+        module = folder.get_submodule(found[1])
+        assert isinstance(module, torch.nn.Linear)
+        width = module.in_features if found[2] == "A" else module.out_features
+        assert weight.shape == ((3, width) if found[2] == "A" else (width, 3))
+    size = sum(path.stat().st_size for path in adapter.iterdir())
+    assert size < 200_000, "small: no copy of the embeddings"
+
+
+def test_a_folder_with_a_kept_lora_may_move(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", tiny_model("llama", vocab_size=257), tokenizer)
+    trained = make_run(tmp_path / "run", base, tokenizer)
+    merge(str(tmp_path / "run"), tmp_path / "folder", keep_lora=True)
+    shutil.move(tmp_path / "folder", tmp_path / "moved")
+    moved, _ = longlora.load(tmp_path / "moved" / "adapter")
+    torch.testing.assert_close(logits(moved), logits(trained), rtol=0, atol=1e-4)
+
+
+def test_keep_lora_needs_lora(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", tiny_model("llama", vocab_size=257), tokenizer)
+    make_run(tmp_path / "norms", base, tokenizer, rank=None)
+    make_run(tmp_path / "full", base, tokenizer, **FULL)
+    for run in ("norms", "full"):
+        with pytest.raises(UserError, match=r"--keep-lora: '.*' trained no LoRA that could be kept"):
+            merge(str(tmp_path / run), tmp_path / "folder", keep_lora=True)
+    assert not (tmp_path / "folder").exists()

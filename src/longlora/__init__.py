@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from longlora.model.merging import merge
     from longlora.model.positions import extend_positions
     from longlora.model.saving import save_adapter
+    from longlora.model.trainer_loss import ChunkedLoss
 
 __all__ = [
+    "ChunkedLoss",
     "Draw",
     "UserError",
     "add_adapters",
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ChunkedLoss": "model.trainer_loss",
     "Draw": "attention.patterns",
     "UserError": "errors",
     "add_adapters": "model.adapters",

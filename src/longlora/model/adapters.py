@@ -12,9 +12,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any, cast
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES, EMBEDDING_LAYER_NAMES
 from torch import nn
 from transformers import PreTrainedModel
@@ -22,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import longlora.model.saving  # noqa: F401  (whoever saves these adapters, their positions go along)
 from longlora.errors import UserError, check_choice
+from longlora.model.precision import keep_trainable_in_float32
 from longlora.settings import TRAINABLE, TrainableSettings, TrainingSettings
 
 
@@ -178,40 +177,6 @@ def _full(model: PreTrainedModel) -> PreTrainedModel:
         raise UserError("a quantised model cannot be trained in full: load it unquantised, or train LoRA.")
     model.float()
     return model.requires_grad_(True)
-
-
-def keep_trainable_in_float32(model: PeftModel) -> PeftModel:
-    """Turns the trainable weights of `model` to float32 in place; retrained modules still fit a low-precision model.
-
-    LoRA layers cast by themselves (PEFT). A retrained norm or embedding gets hooks: its input goes up to float32,
-    its output down to the dtype of the layer that it stands for. So the hidden states keep their dtype and memory,
-    and tied weights stay one tensor.
-    """
-    for wrapper in model.modules():
-        if isinstance(wrapper, ModulesToSaveWrapper):
-            dtype = next(wrapper.original_module.parameters()).dtype
-            for module in wrapper.modules_to_save.values():
-                if dtype != torch.float32:
-                    module.register_forward_pre_hook(_inputs_to_float32)
-                    module.register_forward_hook(_OutputTo(dtype))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model
-
-
-def _inputs_to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
-
-
-class _OutputTo:
-    """Forward hook that casts a module's output; a class, so that the model can still be pickled."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        return output.to(self.dtype)
 
 
 def _group_names(model: nn.Module) -> dict[str, str]:

@@ -87,10 +87,15 @@ def token_losses(model: nn.Module, hidden: Tensor, labels: Tensor, chunk: int = 
         chunk: tokens whose logits exist at one time.
     """
     base = unwrapped(model)
+    return losses_in_chunks(lambda hidden: _logits(base, hidden), hidden, labels, chunk)
+
+
+def losses_in_chunks(to_logits: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    """`token_losses` under the logits that `to_logits` makes of `chunk` tokens of `hidden` at a time."""
 
     def score(hidden: Tensor, labels: Tensor, count: int) -> Tensor:
         hidden, wanted = _scored_of(hidden, labels, count)
-        logits = _logits(base, hidden)
+        logits = to_logits(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = functional.cross_entropy(logits, wanted.to(logits.device), reduction="none")
         if count == len(labels):
@@ -233,6 +238,15 @@ def _run(model: nn.Module, inputs: Mapping[str, Any], read: Callable[[Tensor], R
         _check_logits(type(base).__name__, ours[0], outputs.logits)
         _proven.add(base)
     return results[0], outputs
+
+
+def prove_logits(base: PreTrainedModel, hidden: Tensor, logits: Tensor) -> None:
+    """Raises UserError, once for each model, unless `logits (B, 1, V)` are what `token_losses` makes of `hidden`."""
+    if base not in _proven and not _drops_out(base.get_output_embeddings()):
+        with torch.no_grad():
+            ours = _logits(base, hidden[:, -1])
+        _check_logits(type(base).__name__, ours[:, None], logits)
+        _proven.add(base)
 
 
 def _drops_out(head: nn.Module | None) -> bool:

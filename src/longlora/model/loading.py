@@ -32,9 +32,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as hf_logging
 
 from longlora.errors import UserError, check_choice
-from longlora.model.adapters import keep_trainable_in_float32, merge_adapters
+from longlora.model.adapters import merge_adapters
 from longlora.model.gguf_positions import read_positions
 from longlora.model.positions import present_context
+from longlora.model.precision import keep_trainable_in_float32
 from longlora.model.source import ModelSource, base_of, first_line, locate, resolve
 from longlora.settings import DTYPES
 

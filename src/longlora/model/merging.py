@@ -1,9 +1,13 @@
 """RUN -> plain Hugging Face folder: what any tool that knows the base model's architecture can load.
 
+With `keep_lora` the LoRA stays apart, in a stock adapter of linear layers alone, and only norms and embeddings go into
+the folder: vLLM and SGLang refuse or mistake an adapter with `modules_to_save`, and llama.cpp's converter takes none.
+
 The folder is written under a temporary name beside the output and renamed once it is whole, so that a killed run or
 a full disk leaves no half-written model.
 """
 
+import copy
 import os
 import shutil
 import time
@@ -12,27 +16,39 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from longlora.errors import UserError
 from longlora.model.loading import load, load_config, quiet, window
-from longlora.model.source import ModelSource, base_of, first_line, locate
+from longlora.model.source import ADAPTER_WEIGHTS, ModelSource, base_of, first_line, locate
 from longlora.settings import MergeSettings
 
 
 def merge_run(settings: MergeSettings) -> dict[str, Any]:
     """Run `longlora merge`; what it returns and raises is `merge`'s."""
-    result = merge(settings.model, settings.output, dtype=settings.dtype)
+    result = merge(settings.model, settings.output, dtype=settings.dtype, keep_lora=settings.keep_lora)
     if not settings.json:
         print(
             f"{result['output']}: {result['parameters']:,} parameters in {result['dtype']}, "
             f"window {result['context']:,} tokens; any Hugging Face tool loads it."
         )
+        if result["adapter"]:
+            print(f"{result['adapter']}: the LoRA, a stock adapter of linear layers alone, for that folder.")
     return result
 
 
-def merge(model: str, output: str | Path, *, dtype: str = "auto", trust_remote_code: bool = False) -> dict[str, Any]:
+def merge(
+    model: str,
+    output: str | Path,
+    *,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    keep_lora: bool = False,
+) -> dict[str, Any]:
     """Writes the model of a run or adapter folder, weights merged, to the new folder `output`.
 
     The folder holds safetensors weights (LoRA folded in with float32 arithmetic, tied weights still tied), the
@@ -44,13 +60,16 @@ def merge(model: str, output: str | Path, *, dtype: str = "auto", trust_remote_c
         output: folder to make; it may be there if it is empty.
         dtype: of the written weights; `auto` is the base model's.
         trust_remote_code: run Python code that comes with the base model.
+        keep_lora: fold in norms, embeddings and positions only; the LoRA goes to `output/adapter`, a stock adapter of
+            linear layers alone whose base is `output`.
 
     Returns:
-        `{"model", "output", "base", "parameters", "dtype", "context", "rope_parameters", "tied", "bytes",
-        "seconds"}`, sizes in weights, tokens and bytes.
+        `{"model", "output", "adapter", "base", "parameters", "dtype", "context", "rope_parameters", "tied", "bytes",
+        "seconds"}`, sizes in weights, tokens and bytes; `adapter` is None without `keep_lora`.
 
     Raises:
-        UserError: there is nothing to merge, MODEL cannot be loaded, `output` is not empty or cannot be written.
+        UserError: there is nothing to merge or no LoRA to keep, MODEL cannot be loaded, `output` is not empty or cannot
+            be written.
     """
     source = locate(model)
     if source.base is None:
@@ -61,8 +80,13 @@ def merge(model: str, output: str | Path, *, dtype: str = "auto", trust_remote_c
     output = Path(output).expanduser()
     with _whole_or_nothing(output) as folder:
         plain, tokenizer = load(
-            model, dtype=_dtype(source, dtype, trust_remote_code), trust_remote_code=trust_remote_code, merge=True
+            model,
+            dtype=_dtype(source, dtype, trust_remote_code),
+            trust_remote_code=trust_remote_code,
+            merge=not keep_lora,
         )
+        if keep_lora:
+            plain, *lora = _lora_apart(plain, model)
         assert isinstance(plain, PreTrainedModel)
         context = window(plain.config)
         tokenizer.model_max_length = context or tokenizer.model_max_length
@@ -77,10 +101,13 @@ def merge(model: str, output: str | Path, *, dtype: str = "auto", trust_remote_c
             plain.save_pretrained(folder)
         generation.to_json_file(folder / "generation_config.json")
         tokenizer.save_pretrained(folder)
+        if keep_lora:
+            _write_lora(folder, output, *lora)
         head = plain.get_output_embeddings()
         summary = {
             "model": str(model),
             "output": str(output),
+            "adapter": str(output / "adapter") if keep_lora else None,
             "base": source.base,
             "parameters": sum(parameter.numel() for parameter in plain.parameters()),
             "dtype": str(plain.dtype).removeprefix("torch."),
@@ -91,6 +118,34 @@ def merge(model: str, output: str | Path, *, dtype: str = "auto", trust_remote_c
         }
     summary["seconds"] = time.monotonic() - start
     return summary
+
+
+def _lora_apart(model: Any, name: str) -> tuple[PreTrainedModel, LoraConfig, dict[str, Tensor]]:
+    """The plain model with retrained norms and embeddings in it, and the LoRA of its linear layers."""
+    config = model.peft_config["default"] if isinstance(model, PeftModel) else None
+    weights = {} if config is None else get_peft_model_state_dict(model, save_embedding_layers=False)
+    lora = {key: tensor for key, tensor in weights.items() if key.endswith((".lora_A.weight", ".lora_B.weight"))}
+    if not lora:
+        raise UserError(f"--keep-lora: '{name}' trained no LoRA that could be kept: leave it out.")
+    others = [key for key in weights if ".lora_" in key and key not in lora]
+    if others or config.bias != "none":
+        raise UserError(
+            f"--keep-lora: the adapter of '{name}' is more than LoRA of linear layers ({(others or ['bias'])[0]}), "
+            "which servers do not take: leave it out."
+        )
+    config = copy.deepcopy(config)
+    config.modules_to_save, config.ensure_weight_tying, config.inference_mode = None, False, True
+    return model.unload(), config, lora
+
+
+def _write_lora(folder: Path, output: Path, config: LoraConfig, lora: dict[str, Tensor]) -> None:
+    """`adapter/` inside `folder`, on the base that `folder` will be as `output`."""
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    config.base_model_name_or_path = str(output.absolute())
+    config.save_pretrained(str(adapter))
+    save_file({key: tensor.contiguous() for key, tensor in lora.items()}, adapter / ADAPTER_WEIGHTS, {"format": "pt"})
+    shutil.copy(folder / "config.json", adapter)
 
 
 def _dtype(source: ModelSource, dtype: str, trust_remote_code: bool) -> str:

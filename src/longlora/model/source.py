@@ -178,7 +178,9 @@ def _adapter(name: str, folder: Path) -> ModelSource:
     went_on = run is not None and run.get("base") is not None
     given = run and run["base" if went_on else "model"]
     revision = run.get("base_revision" if went_on else "revision") if run else None
-    candidates = [str(candidate) for candidate in (given, recorded) if candidate]
+    # Beside `longlora merge --keep-lora`'s adapter is its base, wherever the folder was moved.
+    around = (folder.parent / "config.json").is_file() and not (folder.parent / ADAPTER_CONFIG).is_file()
+    candidates = [str(candidate) for candidate in (given, recorded, around and folder.parent) if candidate]
     if not candidates:
         raise UserError(f"adapter '{name}' does not say its base: set base_model_name_or_path in {ADAPTER_CONFIG}.")
     here = [base for base in candidates if base == "demo" or Path(base).expanduser().exists()]

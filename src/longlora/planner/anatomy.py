@@ -32,6 +32,9 @@ class LayerShape:
     projection_inputs: int
     """Sum of the widths that the linear layers in attention read, the output projection left out."""
 
+    projection_sources: int
+    """The same, where what several of them read counts once."""
+
     fused: bool
     """Q, K and V come out of one linear layer, and V stays a view of its whole output."""
 

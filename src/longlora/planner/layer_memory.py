@@ -1,7 +1,7 @@
 """What autograd keeps of one decoder layer for its backward pass, in bytes a token.
 
-Read off what transformers' layers, PEFT's LoRA and `longlora.model.adapters` do to a tensor, and checked against what
-is counted (`tests/test_plan_memory.py`): RMSNorms work in float32, LoRA and trained matrices read copies of their own.
+Read off what transformers' layers, PEFT's LoRA and `longlora.model.precision` do to a tensor, and checked against what
+is counted (`tests/test_plan_memory.py`): RMSNorms work in float32, trained matrices read copies of their own.
 """
 
 from dataclasses import dataclass
@@ -104,8 +104,8 @@ class LayerBytes:
 def layer_bytes(anatomy: Anatomy, layer: LayerShape, step: Step) -> LayerBytes:
     """What autograd keeps of one layer, in bytes a token.
 
-    A frozen matrix needs no input for its backward pass; each LoRA matrix takes the input in a copy of its own, and
-    so does, under autocast, each matrix that trains.
+    A frozen matrix needs no input for its backward pass; the LoRA matrices of an attention module share one copy of
+    what they read, while, under autocast, each whole matrix that trains takes one of its own.
     """
     hidden, number, whole = anatomy.hidden, step.number, anatomy.trainees.whole
     low = step.low_precision
@@ -116,7 +116,8 @@ def layer_bytes(anatomy: Anatomy, layer: LayerShape, step: Step) -> LayerBytes:
     if stream == 4:
         attention -= 4 * hidden  # the norm's input is the layer's input itself
     if whole or "lora" in anatomy.trainees.groups:
-        attention += (2 * layer.projection_inputs if low else 4 * hidden) + number * layer.output
+        copied = layer.projection_inputs if whole else layer.projection_sources
+        attention += (2 * copied if low else 4 * hidden) + number * layer.output
     projected = layer.query + layer.key + layer.value
     attention += number * (projected + layer.output) + 4 * anatomy.heads
     if layer.fused and anatomy.rotary:

@@ -137,6 +137,8 @@ def _layer(
         norm_operations += _norm_operations(norm, times)
     weights, up, middle, experts = _feedforward(layer, in_attention, config)
     tensors = [parameter.numel() for parameter in layer.parameters()]
+    reads = [_input_width(module) for module in attention]
+    reads.remove(sizes.heads * sizes.value_width)  # the output projection's
     return LayerShape(
         projection_weights=sum(matrix.numel() for matrix in matrices),
         feedforward_weights=weights,
@@ -146,7 +148,8 @@ def _layer(
         key=sizes.key_heads * sizes.key_width,
         value=sizes.key_heads * sizes.value_width,
         output=sizes.heads * sizes.value_width,
-        projection_inputs=sum(_input_width(module) for module in attention) - sizes.heads * sizes.value_width,
+        projection_inputs=sum(reads),
+        projection_sources=sum(set(reads)),
         fused=len(attention) == 2,
         up=up,
         middle=middle,

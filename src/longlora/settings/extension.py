@@ -187,6 +187,10 @@ class MergeSettings(CommandSettings):
     dtype: Annotated[str, choice(DTYPES)] = "auto"
     """Arithmetic of the saved weights; `auto` keeps the base model's own."""
 
+    keep_lora: bool = False
+    """Fold in norms, embeddings and positions only, and leave the LoRA in FOLDER/adapter: for vLLM, SGLang and
+    llama.cpp, which take adapters of linear layers alone."""
+
     def __post_init__(self) -> None:
         check_choice("--dtype", self.dtype, DTYPES)
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import resource
 import sys
 import time
@@ -230,11 +231,24 @@ class AttentionSchedule(TrainerCallback):
 
 
 def peak_memory() -> int:
-    """Bytes: the most that was allocated on the CUDA device, or the process's peak resident size without one."""
+    """Bytes since `forget_peak_memory`: the most allocated on the CUDA device, or without one the process's peak."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if _STATUS.exists():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"))[1]) * 1024  # type: ignore[index]
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+_STATUS = Path("/proc/self/status")
+
+
+def forget_peak_memory() -> None:
+    """What was allocated before, to evaluate the base say, is no part of what training takes."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif _STATUS.exists():
+        _STATUS.with_name("clear_refs").write_text("5", encoding="ascii")  # man 5 proc
 
 
 def refuse_missing_trackers(training: OptimisationSettings) -> None:
@@ -294,6 +308,7 @@ def train(
             cannot serve the model here, or a full disk.
         Interrupted: a signal ended it before its last step.
     """
+    forget_peak_memory()
     memory = memory or MemorySettings()
     arguments = _trainer_arguments(training, run.path, held_out_loss is not None, memory)
     arguments.gradient_accumulation_steps = training.batch // (training.device_batch * arguments.world_size)
