@@ -1,4 +1,4 @@
-"""Fifty files of at most 1 MB that strangers could send: bombs, deep nests, runs of blanks, lies about sizes."""
+"""Fifty files and more, of at most 1 MB, that strangers could send: bombs, deep nests, runs of blanks, lies about sizes."""
 
 import gzip
 import io
@@ -70,7 +70,7 @@ def hostile_files() -> Iterator[tuple[str, bytes]]:
         "word": "a", "abstract": "\n1 Abstract", "references": "References 1\n", "special": "<|endoftext|>",
     }  # fmt: skip
     for name, text in texts.items():
-        yield f"{name}.txt", _repeated(text)
+        yield f"{name}.txt", _repeated(text, MEGABYTE // 4)
     pages = {
         "divs": "<div>", "pre": "<pre>" + " " * 40_000, "bold blanks": "<b> </b>", "items": "<li>", "rows": "<tr><td>",
         "lists": "<ul><li>", "forms": "<form><p>a", "tables": "<table>", "breaks": "<br>", "entities": "&amp;",

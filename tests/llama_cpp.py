@@ -24,7 +24,10 @@ class LlamaCpp:
 
     def log_probabilities(self, tokens: Sequence[int], vocabulary: int) -> np.ndarray:
         """(V,) of the token after `tokens`."""
-        found = self._completed(list(tokens), max_tokens=1, logprobs=vocabulary)["logprobs"]["content"][0]
+        # it is made to say a letter, since it tells nothing of an end or of half a character; the probabilities are the
+        # model's own all the same
+        letter = {"max_tokens": 1, "logit_bias": [["a", 1000.0]]}
+        found = self._completed(list(tokens), logprobs=vocabulary, **letter)["logprobs"]["content"][0]
         row = np.full(vocabulary, np.nan)
         for each in found["top_logprobs"]:
             row[each["id"]] = each["logprob"]
