@@ -46,7 +46,7 @@ lint: install ## formatting, lint and types
 	$(BIN)/mypy
 
 check: $(CHECK_STAMP) lint ## what CI runs: lint, types, all tests, those of every extra among them; none may be skipped for want of one
-	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 		{ echo "make check tests the page in Chromium, which is not on the PATH. On Debian: apt-get install --yes chromium" >&2; exit 1; }
 	LONGLORA_NOTHING_MISSING=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 

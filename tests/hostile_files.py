@@ -1,4 +1,4 @@
-"""Fifty files and more, of at most 1 MB, that strangers could send: bombs, deep nests, runs of blanks, lies about sizes."""
+"""Fifty files and more, of at most 1 MB, that strangers could send: bombs, nests, runs of blanks, lies about sizes."""
 
 import gzip
 import io
