@@ -274,7 +274,8 @@ def test_nothing_fits_where_the_weights_do_not():
 def test_every_combination_once_and_the_cheapest_that_fits():
     fit = Fit(shape("llama2-7b"), settings("llama2-7b", "--context", "65536", "--gpus", "2"))
     found = list(fit.all_combinations())
-    assert len(found) == len(set(found)) == 2**7 - 2**5  # no offloading of activations without checkpointing
+    # an MLP tiled or not; with checkpointing that, or layers in tiles, each offloaded or not
+    assert len(found) == len(set(found)) == 2**4 * (2 + 2 * 3)
     assert found[0] == ()
     able = {"chunked_loss", "gradient_checkpointing"}
     assert fit.cheapest(able) == ("chunked_loss", "gradient_checkpointing")
@@ -314,7 +315,7 @@ def test_the_document():
     assert document["parameters"] == PARAMETERS["llama2-7b"]
     assert document["fits"] is True
     assert document["max_context"] > 100_000
-    assert len(document["contexts"]) == 48
+    assert len(document["contexts"]) == 64
     assert document["pairs"]["s2"] / document["pairs"]["full"] == pytest.approx(0.234, abs=0.001)
 
 
