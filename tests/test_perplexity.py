@@ -289,7 +289,7 @@ def test_one_text_for_all_contexts(model: Any) -> None:
 
 def test_strides() -> None:
     chosen = {context: PerplexitySettings().stride_at(context) for context in (64, 512, 2048, 8192, 131072)}
-    assert chosen == {64: 64, 512: 256, 2048: 256, 8192: 1024, 131072: 16384}
+    assert chosen == {64: 32, 512: 256, 2048: 256, 8192: 1024, 131072: 16384}
     assert {PerplexitySettings(stride="paper").stride_at(context) for context in (512, 131072)} == {256}
     assert PerplexitySettings(score="stream").stride_at(8192) == 256
     with pytest.raises(UserError, match="unknown --stride 'papr'.*Did you mean 'paper'"):

@@ -19,15 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from longlora.evaluation.cost import CPU_TOKENS, announce, tokens_a_pass
 from longlora.evaluation.perplexity import evaluating
+from longlora.evaluation.processes import is_first, shared_out
 from longlora.model.lm_head import unwrapped
 from longlora.progress import Progress
 
 Prompt = Sequence[int] | np.ndarray
 """Token ids (N,)."""
-
-TOKENS_A_PASS = 8192
-"""Prompt tokens of one pass where `batch` leaves the choice open."""
 
 
 def generate(
@@ -64,6 +63,7 @@ def generate_each(
 
     The model runs in evaluation mode, with its ordinary full attention, and is left in the mode it was in. Equal to
     `model.generate(prompt, do_sample=False)` of transformers, up to rounding where prompts of a pass differ in length.
+    Processes of one launch share the passes out.
 
     Args:
         model: a causal language model of transformers, possibly wrapped (PEFT).
@@ -71,8 +71,8 @@ def generate_each(
         max_new_tokens: tokens an answer has at most; those of `stop_tokens` do not belong to it.
         stop_tokens: ids that end an answer, such as the end of a turn; without any it has `max_new_tokens` tokens.
         stop: called with the new tokens of one answer after each of them; True ends it there.
-        batch: prompts a pass; 0 chooses about 8,192 tokens a pass.
-        progress: title of the progress on stderr; None shows none.
+        batch: prompts a pass; 0 chooses for the memory that is free.
+        progress: title of the progress on stderr, and of what it will take; None shows none.
 
     Raises:
         ValueError: a prompt without tokens, or `max_new_tokens` below 1.
@@ -80,24 +80,32 @@ def generate_each(
     if max_new_tokens < 1 or not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt needs at least one token, and its answer room for at least one")
     total, done, answered = sum(len(prompt) for prompt in prompts), 0, 0
-    with Progress(progress, "tokens", total) if progress else nullcontext() as bar:
-        for indices in passes([len(prompt) for prompt in prompts], batch):
-            rows = [prompts[index] for index in indices]
-            yield from zip(indices, _run(model, rows, max_new_tokens, stop_tokens, stop), strict=True)
-            done, answered = done + sum(len(row) for row in rows), answered + len(rows)
+    lengths = [len(prompt) for prompt in prompts]
+    most = tokens_a_pass(model, max(lengths) + max_new_tokens, cached=True) if lengths and not batch else 0
+    if progress:
+        with evaluating(model):
+            announce(progress, model, lengths, max_new_tokens)
+
+    def run(indices: list[int]) -> list[list[int]]:
+        return _run(model, [prompts[index] for index in indices], max_new_tokens, stop_tokens, stop)
+
+    with Progress(progress, "tokens", total) if progress and is_first() else nullcontext() as bar:
+        for indices, found in shared_out(list(passes(lengths, batch, most)), run):
+            yield from zip(indices, found, strict=True)
+            done, answered = done + sum(lengths[index] for index in indices), answered + len(indices)
             if bar is not None:
                 bar.show(done, f"{answered:,} of {len(prompts):,} prompts")
 
 
-def passes(lengths: Sequence[int], batch: int = 0) -> Iterator[list[int]]:
-    """Which prompts run together: indices by rising length, `batch` at a time or 8,192 tokens with the padding.
+def passes(lengths: Sequence[int], batch: int = 0, most: int = CPU_TOKENS) -> Iterator[list[int]]:
+    """Which prompts run together: indices by rising length, `batch` at a time or `most` tokens with the padding.
 
     >>> list(passes([4000, 9000, 4096, 70]))
     [[3, 0], [2], [1]]
     """
     rows: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        full = len(rows) == batch if batch else (len(rows) + 1) * lengths[index] > TOKENS_A_PASS
+        full = len(rows) == batch if batch else (len(rows) + 1) * lengths[index] > most
         if rows and full:
             yield rows
             rows = []

@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.utils import get_balanced_memory
 
 from longlora.corpus.tokens import TokenizedCorpus
 from longlora.errors import UserError
-from longlora.model.loading import load
+from longlora.model.lm_head import unwrapped
+from longlora.model.loading import load, load_config, load_tokenizer
 from longlora.model.positions import extend_positions
-from longlora.settings import CorpusSettings, EvaluatedModelsSettings
+from longlora.settings import CorpusSettings, EvaluatedModelsSettings, RetrievalSettings
 
 
 def load_evaluated(name: str, settings: EvaluatedModelsSettings) -> tuple[Any, Any, str]:
@@ -22,16 +25,33 @@ def load_evaluated(name: str, settings: EvaluatedModelsSettings) -> tuple[Any, A
     model, tokenizer = load(
         name,
         dtype=settings.dtype,
-        device="auto",
+        device="auto" if settings.device_map == "one" else None,
         trust_remote_code=settings.loading.trust_remote_code,
         revision=settings.loading.revision,
     )
-    if not settings.extend_to:
-        return model, tokenizer, name
-    extension = extend_positions(model, settings.extend_to, settings.method)
-    if not extension.changed:
-        raise UserError(f"--extend-to is {settings.extend_to:,}: {extension.message}")
-    return model, tokenizer, f"{name}, {settings.method} to {settings.extend_to:,}, not trained"
+    label = name
+    if settings.extend_to:
+        extension = extend_positions(model, settings.extend_to, settings.method)
+        if not extension.changed:
+            raise UserError(f"--extend-to is {settings.extend_to:,}: {extension.message}")
+        label = f"{name}, {settings.method} to {settings.extend_to:,}, not trained"
+    if settings.device_map == "auto":
+        _spread(unwrapped(model))
+    return model, tokenizer, label
+
+
+def _spread(network: Any) -> None:
+    """Lay the layers of a model of transformers over all devices, in order, with what moves activations on."""
+    whole = list(network._no_split_modules or [])
+    memory = get_balanced_memory(network, no_split_module_classes=whole)
+    dispatch_model(network, infer_auto_device_map(network, memory, whole))
+
+
+def load_served(name: str, settings: RetrievalSettings) -> tuple[Any, Any, str]:
+    """As `load_evaluated` where a server has the weights: the config of `name`, its tokenizer, and the label."""
+    trust, revision = settings.loading.trust_remote_code, settings.loading.revision
+    config = load_config(name, trust_remote_code=trust, revision=revision)
+    return config, load_tokenizer(name, trust_remote_code=trust, revision=revision), f"{name} at {settings.server}"
 
 
 def stretching(settings: EvaluatedModelsSettings) -> dict[str, Any]:

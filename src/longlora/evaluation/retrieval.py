@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 from longlora.errors import UserError
 from longlora.evaluation import statistics
 from longlora.evaluation.generation import generate_each
-from longlora.evaluation.loading import load_evaluated, stretching
+from longlora.evaluation.loading import load_evaluated, load_served, stretching
 from longlora.evaluation.perplexity import check_positions
 from longlora.evaluation.prompting import PromptFormat
 from longlora.evaluation.results import (
@@ -32,6 +32,7 @@ from longlora.evaluation.results import (
     say_where_results_go,
     weights_fingerprint,
 )
+from longlora.evaluation.server import answers
 from longlora.evaluation.statistics import Estimate
 from longlora.evaluation.trials import Record, TrialLog
 from longlora.model.lm_head import unwrapped
@@ -175,21 +176,25 @@ def accuracy_changes(
 
 def _ask(task_name: str, name: str, file: Path | None, settings: RetrievalSettings, make_task: MakeTask) -> Document:
     """The results document of one model, which goes beside its log `file`."""
-    model, tokenizer, label = load_evaluated(name, settings)
-    config = unwrapped(model).config
+    model: Any = None
+    if settings.server:
+        config, tokenizer, label = load_served(name, settings)
+    else:
+        model, tokenizer, label = load_evaluated(name, settings)
+        config = unwrapped(model).config
     form = PromptFormat(tokenizer, chat=settings.chat, bos=settings.bos, system=settings.system)
     task = make_task(form, config)
     asked = _questions_that_fit(task_name, task)
     check_positions(config, [max(len(question.tokens) for question in asked) + task.max_new_tokens])
 
-    dtype = str(unwrapped(model).dtype).removeprefix("torch.")
+    dtype = "the server's" if settings.server else str(unwrapped(model).dtype).removeprefix("torch.")
     about = {"task": task_name, "model": name, "label": label, **stretching(settings), "dtype": dtype}
     about |= {**form.description, **task.about}
     weights = weights_fingerprint(name, settings.loading.revision)
     with TrialLog.opened(file, {**about, "weights": weights}, settings.resume) as log:
         pending = [question for question in asked if question.trial not in log.records]
         say_where_results_go(file, "trial", len(asked) - len(pending), len(pending))
-        _answer(f"{task_name} of {label}", model, form, task, pending, settings.evaluation_batch, log)
+        _answer(f"{task_name} of {label}", model, form, task, pending, settings, log)
         records = {question.trial: log.records[question.trial] for question in asked}
         document = {
             **about,
@@ -221,15 +226,26 @@ def _questions_that_fit(task_name: str, task: Task) -> list[Question]:
 
 
 def _answer(
-    title: str, model: nn.Module, form: PromptFormat, task: Task, pending: list[Question], batch: int, log: TrialLog
+    title: str,
+    model: nn.Module | None,
+    form: PromptFormat,
+    task: Task,
+    pending: list[Question],
+    settings: RetrievalSettings,
+    log: TrialLog,
 ) -> None:
-    """Let `model` answer the questions, and keep what each comes to."""
-    prompts = [question.tokens for question in pending]
-    stop_tokens = form.stop_tokens(unwrapped(model))
+    """Let `model`, or the server, answer the questions, and keep what each comes to."""
+    prompts, most, batch = [question.tokens for question in pending], task.max_new_tokens, settings.evaluation_batch
+    if model is None:
+        assert settings.server is not None
+        answered = answers(settings.server, form.tokenizer, prompts, most, batch=batch, title=title)
+    else:
+        stop_tokens = form.stop_tokens(unwrapped(model))
+        answered = generate_each(
+            model, prompts, most, stop_tokens=stop_tokens, stop=task.stop, batch=batch, progress=title
+        )
     before = time.monotonic()
-    for index, tokens in generate_each(
-        model, prompts, task.max_new_tokens, stop_tokens=stop_tokens, stop=task.stop, batch=batch, progress=title
-    ):
+    for index, tokens in answered:
         question, now = pending[index], time.monotonic()
         record = {
             **question.cell,

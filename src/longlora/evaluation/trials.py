@@ -48,7 +48,9 @@ class TrialLog:
 
     @classmethod
     @contextmanager
-    def opened(cls, file: Path | None, about: Mapping[str, Any], resume: bool) -> Iterator["TrialLog"]:
+    def opened(
+        cls, file: Path | None, about: Mapping[str, Any], resume: bool, drop_others: bool = False
+    ) -> Iterator["TrialLog"]:
         """The log in `file`, held for this process; without a file, one that is forgotten.
 
         Of several processes the first one holds and writes the file; the others know what it read, and append the same.
@@ -61,6 +63,7 @@ class TrialLog:
             file: created, with its folder, if it is not there.
             about: what the trials depend on (model, seed, …); it must be the same when going on.
             resume: go on with what the file holds; else a finished evaluation there is set aside.
+            drop_others: what it holds about something else is dropped, not refused.
 
         Raises:
             UserError: the file holds trials of an evaluation that was stopped and `resume` is off, or they are about
@@ -74,7 +77,7 @@ class TrialLog:
 
             def read() -> dict[str, Record]:
                 nonlocal log
-                log = held.enter_context(cls._held(file, about, resume))
+                log = held.enter_context(cls._held(file, about, resume, drop_others))
                 return log.records
 
             log.records = told_by_first(read)
@@ -82,7 +85,7 @@ class TrialLog:
 
     @classmethod
     @contextmanager
-    def _held(cls, file: Path, about: Mapping[str, Any], resume: bool) -> Iterator["TrialLog"]:
+    def _held(cls, file: Path, about: Mapping[str, Any], resume: bool, drop_others: bool) -> Iterator["TrialLog"]:
         """`opened`, in the process that writes."""
         log = cls(file)
         cls.refuse_to_drop(file, resume)
@@ -101,7 +104,7 @@ class TrialLog:
                 ) from error
             log._handle = handle
             try:
-                log._begin(dict(about))
+                log._begin(dict(about), drop_others)
                 if aside:
                     logger.info("the earlier results are in %s now", aside[file.with_suffix(".json")])
                 yield log
@@ -119,10 +122,10 @@ class TrialLog:
         self._empty = False
         self._write({"trial": trial, **record})
 
-    def _begin(self, about: Record) -> None:
+    def _begin(self, about: Record, drop_others: bool) -> None:
         about = json.loads(json.dumps(about))
         header, *trials = self._whole_lines() or [{}]
-        if not trials:
+        if not trials or (drop_others and header["about"] != about):
             self._empty = True
             self._handle.truncate(0)
             self._write({"about": about})

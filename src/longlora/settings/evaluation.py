@@ -13,6 +13,8 @@ SCORES = ("last", "window", "stream")
 
 TEXTS = ("one", "each")
 
+DEVICE_MAPS = ("one", "auto")
+
 PAPER_STRIDE = 256
 """Tokens that the paper's windows slide by (section 4.1)."""
 
@@ -32,8 +34,8 @@ class PerplexitySettings:
     are as long as that one, so that a curve runs through different texts."""
 
     stride: int | Literal["auto", "paper"] = "auto"
-    """Tokens the window slides by; `auto` an eighth of the context and at least 256, so that no token is read more than
-    nine times; `paper` 256 at every context (paper section 4.1), as with `--score stream`."""
+    """Tokens the window slides by; `auto` an eighth of the context, at least 256 and at most half of it, so that no
+    token is read more than nine times; `paper` 256 at every context (paper section 4.1), as with `--score stream`."""
 
     score: Annotated[str, choice(SCORES)] = "last"
     """`last` scores the newest tokens of each window, each token once; `window` averages whole windows; `stream` is the
@@ -67,7 +69,8 @@ class PerplexitySettings:
             return self.stride
         if self.stride == "paper" or self.score == "stream":
             return PAPER_STRIDE
-        return min(context, max(PAPER_STRIDE, context // STRIDES_A_CONTEXT))
+        # windows that overlap score every token but a document's first, so as many at each context
+        return min(context // 2, max(PAPER_STRIDE, context // STRIDES_A_CONTEXT))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +94,9 @@ class EvaluatedModelsSettings(CommandSettings):
     dtype: Annotated[str, choice(DTYPES)] = "auto"
     """Arithmetic of the weights; `auto` keeps the checkpoint's own."""
 
+    device_map: Annotated[str, choice(DEVICE_MAPS)] = "one"
+    """`one` puts the model on this process's GPU; `auto` spreads its layers over all GPUs, where one is too small."""
+
     output: str | None = None
     """Folder for the results, each appended as it comes, which `longlora report` reads; for several models it gets a
     folder for each. Default `evaluation/` of a run directory, else none."""
@@ -103,6 +109,7 @@ class EvaluatedModelsSettings(CommandSettings):
             raise UserError("MODEL is missing: name at least one model to evaluate.")
         check_choice("--method", self.method, METHODS)
         check_choice("--dtype", self.dtype, DTYPES)
+        check_choice("--device-map", self.device_map, DEVICE_MAPS)
 
 
 @dataclass(frozen=True, kw_only=True)

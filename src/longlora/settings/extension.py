@@ -1,5 +1,6 @@
 """Knobs of `longlora extend`, `merge` and `demo`. "Paper" is LongLoRA, arXiv 2309.12307."""
 
+import sys
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -154,6 +155,10 @@ class ExtendSettings(CommandSettings):
     evaluation_data: tuple[str, ...] = ()
     """Documents to measure on, as for `data`; default a sixteenth of `data`, held out from training by name."""
 
+    evaluation_tokens: int | None = None
+    """Tokens of all forward passes of the measurements before and after; 0 measures nothing. Default a tenth of the
+    tokens trained on, or without limit where `stride` or `max_documents` says what is to be read."""
+
     positions: PositionSettings
     attention: AttentionSettings = AttentionSettings()
     trainable: TrainableSettings = TrainableSettings()
@@ -172,6 +177,16 @@ class ExtendSettings(CommandSettings):
             raise UserError(
                 "--row-tokens skips positions in rows that are one text: give --packing concatenate with it."
             )
+        if self.evaluation_tokens is not None:
+            at_least("evaluation-tokens", self.evaluation_tokens, 0, "tokens")
+
+    def tokens_to_evaluate(self) -> int:
+        """Tokens of all forward passes of the measurements."""
+        if self.evaluation_tokens is not None:
+            return self.evaluation_tokens
+        if self.perplexity.stride != "auto" or self.perplexity.max_documents is not None:
+            return sys.maxsize
+        return self.training.steps * self.training.batch * self.positions.tokens_per_row // 10
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,11 @@ class RetrievalSettings(EvaluatedModelsSettings):
     """Where the generated questions start from; one seed asks every model the same."""
 
     evaluation_batch: int = 0
-    """Prompts a forward pass; 0 chooses about 8,192 tokens a pass."""
+    """Prompts a forward pass, or requests that a server has at a time; 0 chooses."""
+
+    server: str | None = None
+    """Ask an OpenAI-compatible server (vLLM) at this base URL, such as http://localhost:8000/v1, which has the weights;
+    MODEL still names config and tokenizer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,6 +45,8 @@ class RetrievalSettings(EvaluatedModelsSettings):
         check_choice("--bos", self.bos, CHOICES)
         at_least("seed", self.seed, 0)
         at_least("evaluation-batch", self.evaluation_batch, 0, "prompts")
+        if self.server is not None and (len(self.models) > 1 or self.baseline or self.extend_to):
+            raise UserError("--server has one model, as it is: leave further models, --baseline and --extend-to out.")
         if self.system is not None and self.chat == "no":
             raise UserError("--system is a turn of a chat, and --chat is no: leave one of them out.")
 

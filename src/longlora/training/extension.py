@@ -3,9 +3,9 @@
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,12 +17,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from longlora import ranks
 from longlora.attention.transformers_backend import use_shifted_attention
+from longlora.corpus.encoding import beginning
 from longlora.corpus.holding_out import held_out_documents
-from longlora.corpus.packing import PackedRows, describe, pack
+from longlora.corpus.packing import describe, pack
 from longlora.corpus.tokens import tokenize_corpus
 from longlora.errors import Unfinished, UserError
 from longlora.evaluation.command import perplexity_table
-from longlora.evaluation.perplexity import default_contexts, perplexity, perplexity_report
 from longlora.model.adapters import add_adapters_from, trainable_summary
 from longlora.model.lm_head import unwrapped
 from longlora.model.loading import load, load_config
@@ -31,24 +31,13 @@ from longlora.model.positions import PositionExtension, extend_positions, presen
 from longlora.planner.choosing import MemoryNeed, choose_memory
 from longlora.report.page import write_report
 from longlora.run_directory import RunDirectory
-from longlora.settings import ExtendSettings, MemorySettings, PerplexitySettings
+from longlora.settings import ExtendSettings, MemorySettings
 from longlora.training.checkpoints import save_model
+from longlora.training.measuring import Data, measure, what_to_measure
 from longlora.training.sharding import is_to_be_sharded, loads_weights, shard
 from longlora.training.trainer import document_loss, refuse_missing_trackers, train
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a run reads: rows to train on and held-out documents to measure on (empty when there are none)."""
-
-    rows: PackedRows
-    held_out: Sequence[np.ndarray]
-    """Token ids (n,) of each document."""
-    held_out_name: str
-    content: Mapping[str, Mapping[str, Any]]
-    """What `RunDirectory.recognise` knows the text by."""
 
 
 def extend(settings: ExtendSettings) -> dict[str, Any]:
@@ -78,7 +67,9 @@ def extend(settings: ExtendSettings) -> dict[str, Any]:
         )
         data = prepare_data(settings, tokenizer, model)
         run.recognise(data.content, accept)
-        measured = _measured_contexts(settings, model, data)
+        measured = what_to_measure(settings, model, data)
+        if measured:
+            data = replace(data, held_out=[ids[: measured.document_tokens] for ids in data.held_out])
         evaluation = {}
         stretched = type(model.config).from_dict(model.config.to_dict())
         extension = extend_positions(stretched, settings.positions.context, settings.positions.method)
@@ -87,15 +78,17 @@ def extend(settings: ExtendSettings) -> dict[str, Any]:
             """Measure the model as it came, then with its positions stretched."""
             with without_adapters(trainee):
                 if measured:
-                    evaluation["base"] = measure(run, "base", "base model", trainee, settings, data, [measured], 0)
+                    evaluation["base"] = measure(run, "base", "base model", trainee, settings, data, measured.ways, 0)
                 extend_positions(unwrapped(trainee), settings.positions.context, settings.positions.method)
                 if measured:
                     label = f"{settings.positions.method}, not trained"
-                    evaluation["untrained"] = measure(run, "untrained", label, trainee, settings, data, [measured], 1)
+                    evaluation["untrained"] = measure(
+                        run, "untrained", label, trainee, settings, data, measured.ways, 1
+                    )
 
         trained, summary = train_extension(model, tokenizer, settings, run, data, extension, before)
         if measured:
-            evaluation["trained"] = measure(run, "trained", "longlora", trained, settings, data, [measured], 2)
+            evaluation["trained"] = measure(run, "trained", "longlora", trained, settings, data, measured.ways, 2)
         summary["evaluation"] = evaluation
         run.write_evaluation("summary", summary)
         if run.writes:
@@ -221,7 +214,8 @@ def prepare_data(settings: ExtendSettings, tokenizer: PreTrainedTokenizerBase, m
         "the text to train on": {"fingerprint": fingerprint(training.offsets, training.tokens), "rows": len(rows)},
         "the text to measure on": {"fingerprint": fingerprint(*held_out), "documents": len(held_out)},
     }
-    return Data(rows, held_out, ", ".join(settings.evaluation_data or corpus.data), content)
+    name = ", ".join(settings.evaluation_data or corpus.data)
+    return Data(rows, held_out, name, content, next(iter(beginning(tokenizer)), None))
 
 
 def fingerprint(*arrays: np.ndarray) -> str:
@@ -241,43 +235,6 @@ def refuse_unknown_token(largest: int, model: nn.Module, name: str) -> None:
             f"the tokenizer makes token {largest:,} but the model embeds only {embedded:,}: give the tokenizer that "
             f"belongs to {name}."
         )
-
-
-def measure(
-    run: RunDirectory,
-    name: str,
-    label: str,
-    model: Any,
-    settings: ExtendSettings,
-    data: Data,
-    ways: Sequence[PerplexitySettings],
-    order: int,
-) -> dict[str, Any]:
-    """Perplexity of `model` on the held-out documents, kept as `evaluation/perplexity-NAME.json` for a resumed run.
-
-    Args:
-        ways: contexts with their stride; where there are several, each result says its own stride.
-        order: place of this line in tables and charts.
-    """
-    file = f"perplexity-{name}"
-    known = known_before(run, file, settings.training.resume and name != "trained")
-    if known:
-        return known
-    logger.info("perplexity of %s", label)
-    results = [result for way in ways for result in perplexity(model, data.held_out, way)]
-    document = {
-        "label": label,
-        "order": order,
-        **perplexity_report(settings.model, data.held_out_name, ways[0], results),
-    }
-    logger.info("  %s", "  ".join(f"{r.context:,}: {r.perplexity:.2f}" for r in results))
-    run.write_evaluation(file, document)
-    return document
-
-
-def known_before(run: RunDirectory, file: str, wanted: bool) -> dict[str, Any] | None:
-    """What a resumed run has measured already; what training changes never is, for more steps may have been given."""
-    return ranks.first_alone(lambda: run.read_evaluation(file)) if wanted else None
 
 
 def save_result(model: Any, tokenizer: PreTrainedTokenizerBase, run: RunDirectory, context: int) -> None:
@@ -371,25 +328,6 @@ def load_for_training(settings: ExtendSettings) -> tuple[PreTrainedModel, PreTra
         merge=True,
     )
     return save_memory_in(cast(PreTrainedModel, model), settings.memory), tokenizer
-
-
-def _measured_contexts(settings: ExtendSettings, model: PreTrainedModel, data: Data) -> PerplexitySettings | None:
-    """The contexts to measure, all on the same documents: those long enough for the longest of them."""
-    if not data.held_out:
-        return None
-    contexts: Sequence[int] = settings.perplexity.contexts
-    if not contexts:
-        extended = type(model.config).from_dict(model.config.to_dict())
-        extend_positions(extended, settings.positions.context, settings.positions.method)
-        contexts = default_contexts(extended)
-    longest = max(len(ids) for ids in data.held_out)
-    reachable = tuple(context for context in contexts if context <= longest)
-    if len(reachable) < len(contexts):
-        logger.info("the longest held-out document has %s tokens: contexts above that are not measured", f"{longest:,}")
-    if not reachable:
-        return None
-    minimum = settings.perplexity.min_document_tokens or max(reachable)
-    return replace(settings.perplexity, contexts=reachable, min_document_tokens=minimum)
 
 
 @contextmanager

@@ -35,7 +35,6 @@ from longlora.training.extension import (
     announce_trainable,
     fingerprint,
     flat,
-    known_before,
     memory_facts,
     nothing_left_behind,
     refuse_unknown_token,
@@ -45,6 +44,7 @@ from longlora.training.extension import (
 from longlora.training.fine_tuning.answer_loss import answer_loss
 from longlora.training.fine_tuning.examples import Read, hold_out, read_examples
 from longlora.training.fine_tuning.packing import PackedExamples, collate, pack_examples
+from longlora.training.measuring import known_before
 from longlora.training.sharding import is_to_be_sharded, loads_weights, shard
 from longlora.training.trainer import refuse_missing_trackers, train
 
