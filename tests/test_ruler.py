@@ -112,7 +112,12 @@ def test_generators_and_lm_eval_are_left_as_they_were(demo_tokenizer: Any) -> No
 
 @pytest.mark.parametrize(
     ("name", "context"),
-    [("ruler_vt", 400), ("ruler_vt", 900), ("ruler_cwe", 900), ("niah_single_1", 300), ("ruler_fwe", 100)],
+    [
+        *(("ruler_vt", context) for context in (20, 128, 256, 400, 900)),
+        *(("ruler_cwe", context) for context in (20, 256, 900)),
+        *(("niah_single_1", context) for context in (20, 128, 300)),
+        ("ruler_fwe", 100),
+    ],
 )
 def test_a_task_that_does_not_fit_says_so(name: str, context: int, bytes_tokenizer: Any) -> None:
     """lm-eval itself would search for ever."""

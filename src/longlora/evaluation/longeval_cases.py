@@ -67,8 +67,32 @@ EXCHANGES = (
     ("Which mistakes are the expensive ones?", "Those that nobody notices for years, so regular checks pay off."),
     ("Can one person do it alone?", "One person can begin, but it goes better and is more fun with others."),
     ("What is still not understood?", "A good deal: careful records are young, and some old claims were never tested."),
+    (
+        "Are there good books about it?",
+        "A few classics, though the best introductions today are short films and visits.",
+    ),
+    ("Who were the pioneers?", "Mostly people with other trades, who had time in the evening and neighbours to ask."),
+    ("Does the weather matter?", "Less than it once did, but the old hands still plan the year around the seasons."),
+    ("How do people usually meet?", "In clubs and at fairs, and more and more in small groups that form over the net."),
+    (
+        "Is it something for children?",
+        "Yes, if somebody shows them the first steps and then lets them try by themselves.",
+    ),
+    ("What do the critics say?", "That it takes more time than it gives back, which depends on what one counts."),
+    ("Which tools are really needed?", "Three or four good ones; most of the others are bought once and never used."),
+    ("How is quality judged?", "By eye first, then by use over years, and only in contests by written rules."),
+    ("Is there money in it?", "For a handful of people; for everybody else it is a pleasure that costs a little."),
+    (
+        "Will machines take it over?",
+        "They have taken the dull parts, and that has brought many people back to the rest.",
+    ),
+    (
+        "Where should one travel to see it?",
+        "To the smaller towns, where the people who do it still have time for visitors.",
+    ),
 )
-EXCHANGES_A_TOPIC = 6
+EXCHANGES_A_TOPIC = 16
+"""As many as make up a topic of LongChat's: 578 tokens of its files."""
 
 
 @dataclass(frozen=True)

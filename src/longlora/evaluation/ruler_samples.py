@@ -116,7 +116,7 @@ class RulerTask(ConfigurableTask):
 
         own = {name: fewer(functions[name]) for name in MAKERS if name in functions}
         own |= {name: self._search.drawing(functions[name]) for name in (DRAWER,) if name in functions}
-        return {**own, "get_tokenizer": lambda *_, **__: self._search.measure}
+        return {**own, "len": self._search.length, "get_tokenizer": lambda *_, **__: self._search.measure}
 
     def _why_not(self, error: Exception | None = None) -> str:
         if self._search.gave_up or error is None or str(error).startswith("Could not generate any"):
@@ -177,19 +177,25 @@ def _config(name: str) -> dict[str, Any]:
         return load_yaml(entry.yaml_path)
 
 
-class _Search:
-    """What lm-eval's searches for a sample of the right size call, with an end where they have none.
+class _NoTokens(list[int]):
+    """What a search that has given up measures; far less than nothing, so that whatever it is added to fits."""
 
-    Some of its loops draw a new sample until one fits, whatever exception comes on the way, and the smallest may be too
-    large. So after as many calls as a search that ends could need, drawing returns the sample drawn last, and measuring
-    raises an exception and says "no tokens" in turn: the one ends the loops that let exceptions out, the other those
-    that wait for a sample that fits. What comes of it is thrown away.
+
+class _Search:
+    """lm-eval's functions for samples, measured by a tokenizer, that end even where no sample fits.
+
+    They draw a sample, measure it, and search for the size that just fits. Where even the smallest is too large some
+    loops never end: one kind lets exceptions out, the other catches whatever comes and waits for a sample that fits. So
+    after as many calls as a search that ends could need, drawing gives the sample drawn last, and measuring raises an
+    exception and says "far less than no tokens" in turn: the one ends the first kind, the other the second. What comes
+    of it is thrown away.
     """
 
     def __init__(self, tokenizer: Any, context: int, trials: int) -> None:
         self.tokenizer = tokenizer
         # Samples grow by at least ten tokens a call, and then each takes a few calls.
         self.calls_left = context // 10 + 50 * trials + 500
+        self._measured_since = 0
         self._drawn: Any = None
 
     @property
@@ -201,20 +207,26 @@ class _Search:
         self.calls_left -= 1
         if not self.gave_up:
             return SimpleNamespace(input_ids=self.tokenizer(text, verbose=False)["input_ids"])
-        if self.calls_left % 2:
+        self._measured_since += 1
+        if self._measured_since % 2:
             raise NoSampleError
-        return SimpleNamespace(input_ids=[])
+        return SimpleNamespace(input_ids=_NoTokens())
 
     def drawing(self, draw: Callable[..., Any]) -> Callable[..., Any]:
         """lm-eval's function `draw`, which makes one sample."""
 
         def drawn(*given: Any, **named: Any) -> Any:
             self.calls_left -= 1
-            if not self.gave_up:
+            if not self.gave_up or self._drawn is None:
                 self._drawn = draw(*given, **named)
             return self._drawn
 
         return drawn
+
+    @staticmethod
+    def length(of: Any) -> int:
+        """`len` as lm-eval's functions see it."""
+        return -(10**9) if isinstance(of, _NoTokens) else len(of)
 
 
 @contextmanager
@@ -233,11 +245,13 @@ def _seeded(seed: int) -> Iterator[None]:
 @contextmanager
 def _replaced(names: dict[str, Any], replacements: dict[str, Any]) -> Iterator[None]:
     """`names` with other values for a while."""
-    before = {name: names[name] for name in replacements}
+    before = {name: names[name] for name in replacements if name in names}
     names.update(replacements)
     try:
         yield
     finally:
+        for name in replacements:
+            del names[name]
         names.update(before)
 
 

@@ -35,6 +35,8 @@ class RulerSettings(RetrievalSettings):
         for context in self.contexts:
             at_least("contexts", context, 2, "tokens")
         at_least("trials", self.trials, 1)
+        if self.server is not None:
+            raise UserError("--server answers passkey, topics and lines, not RULER: leave it out.")
         self.bar()
 
     def bar(self) -> float | None:
