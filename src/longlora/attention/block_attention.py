@@ -15,10 +15,6 @@ from torch import Tensor
 from longlora.attention.kernels import Kernel, sum_type
 from longlora.attention.layout import HeadSetPlan, Part
 
-TOKENS_A_CALL = {"cpu": 2048}
-"""Tokens that a kernel is given at a time at least, by device, where there are more in equal blocks: what it returns is
-copied to its place, and stands beside it until then."""
-
 
 @dataclass(frozen=True)
 class Halo:
@@ -119,21 +115,40 @@ def _taken(x: Tensor, tokens: range, part: Part, offset: int) -> Tensor:
 def _calls(
     plans: Sequence[HeadSetPlan], device: torch.device, start: int, halo: tuple[int, int] | None
 ) -> Iterator[_Call]:
-    at_least = TOKENS_A_CALL.get(device.type, 16384)
+    """What `plans` come to, in calls that are just large enough for the device to be busy.
+
+    What a kernel returns is copied to its place, and stands beside it until then.
+    """
+    on_cpu = device.type == "cpu"
+    at_least = 512 if on_cpu else 16384
     for each in plans:
         heads = each.heads
+        repeats = (heads.query_stop - heads.query_start) // (heads.key_stop - heads.key_start)
         for row in each.rows:
             for part in row.parts:
                 is_earlier = halo is not None and part.keys.start < start
                 first, moved = halo if halo is not None and is_earlier else (start, 0)
-                query_heads = slice(heads.query_start, heads.query_stop)
-                key_heads = slice(heads.key_start - moved, heads.key_stop - moved)
                 size = max(1, at_least // len(part.queries))
+                rows = 1 if part.count > 1 else row.row_stop - row.row_start  # equal blocks of one row are a batch
+                blocks = min(size, part.count) * rows
+                together = heads.key_stop - heads.key_start
+                if on_cpu:  # a thread takes a head of a block
+                    together = min(together, -(-torch.get_num_threads() // (blocks * repeats)))
                 for number in range(0, part.count, size):
                     some = part.some(number, min(size, part.count - number))
-                    step = 1 if part.count > 1 else row.row_stop - row.row_start  # equal blocks of one row are a batch
-                    for top in range(row.row_start, row.row_stop, step):
-                        yield _Call(slice(top, top + step), query_heads, key_heads, some, is_earlier, start, first)
+                    for top in range(row.row_start, row.row_stop, rows):
+                        for head in range(heads.key_start, heads.key_stop, together):
+                            last = min(head + together, heads.key_stop)
+                            queries = (heads.query_start + (x - heads.key_start) * repeats for x in (head, last))
+                            yield _Call(
+                                slice(top, top + rows),
+                                slice(*queries),
+                                slice(head - moved, last - moved),
+                                some,
+                                is_earlier,
+                                start,
+                                first,
+                            )
 
 
 class _Sum:
