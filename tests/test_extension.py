@@ -428,7 +428,7 @@ def test_an_unknown_recipe_names_the_nearest(capsys):
 
 
 def test_memory_counts_from_the_start_of_training_and_ddp_searches_for_nothing(tmp_path):
-    from longlora.settings import TrainingSettings
+    from longlora.settings import MemorySettings, TrainingSettings
     from longlora.training.trainer import _trainer_arguments, forget_peak_memory, peak_memory
 
     evaluated = b"x" * 300_000_000
@@ -436,5 +436,5 @@ def test_memory_counts_from_the_start_of_training_and_ddp_searches_for_nothing(t
     del evaluated
     forget_peak_memory()
     assert peak_memory() < before - 200e6
-    arguments = _trainer_arguments(TrainingSettings(), tmp_path, evaluates=False, offload_activations=False)
+    arguments = _trainer_arguments(TrainingSettings(), tmp_path, evaluates=False, memory=MemorySettings())
     assert arguments.ddp_find_unused_parameters is False
