@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -286,47 +285,3 @@ def test_sigterm_to_the_launcher_writes_a_checkpoint(place, one, tmp_path):
     assert log.read_text().count("stopped by SIGTERM after step") == 1
     main([*words, "--resume"])
     assert_same(run, one["tied", "lora,norm,embed"])
-
-
-def resident_megabytes() -> float:
-    """Of this process, pages of mapped files among them."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssFile", "RssShmem"))) / 1024
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_two_processes_load_with_one_copy_of_the_model_between_them(place, tmp_path, tiny_model, tiny_tokenizer):
-    """340 MB in float32 are handed out in at most 1.3 times that, in both processes together (measured: 1.15)."""
-    wide = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
-    tiny_model("llama", vocab_size=4096, num_key_value_heads=12, **wide).save_pretrained(tmp_path / "wide")
-    tiny_tokenizer().save_pretrained(tmp_path / "wide")
-    size = sum(file.stat().st_size for file in (tmp_path / "wide").glob("*.safetensors")) / 2**20
-    log = tmp_path / "log"
-
-    def work() -> None:
-        from longlora import ranks
-        from longlora.cli import parse
-        from longlora.model.adapters import add_adapters_from
-        from longlora.training.extension import load_for_training
-        from longlora.training.sharding import is_sharded, shard
-
-        words = f"extend {tmp_path / 'wide'} --data x --context 128 --output {tmp_path / 'run'} --dtype float32"
-        settings = parse(words.split())[1]
-        ranks.join()
-        before, peak, ended = resident_megabytes(), [0.0], threading.Event()
-
-        def watch() -> None:
-            while not ended.wait(0.004):
-                peak[0] = max(peak[0], resident_megabytes() - before)
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        model = shard(add_adapters_from(settings.trainable, load_for_training(settings)[0]))
-        ended.set()
-        watcher.join()
-        assert is_sharded(model)
-        (tmp_path / f"peak-{ranks.rank()}").write_text(str(peak[0]))
-
-    assert together(2, work, log, **ENGINES["fsdp2"]) == [0, 0], log.read_text()[-3000:]
-    assert sum(float((tmp_path / f"peak-{rank}").read_text()) for rank in (0, 1)) < 1.3 * size

@@ -202,6 +202,6 @@ def killed_at_random(place: Path, run: Path, processes: int, kills: int, seed: i
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kills_at_random_moments_change_nothing(place, whole, tmp_path, processes):  # noqa: F811
     """More of them with LONGLORA_KILLS=25."""
-    kills = int(os.environ.get("LONGLORA_KILLS", "2"))
+    kills = int(os.environ.get("LONGLORA_KILLS", "1"))
     killed_at_random(place, tmp_path / "run", processes, kills, processes, tmp_path / "log")
     assert_same(tmp_path / "run", whole)
