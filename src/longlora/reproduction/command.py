@@ -14,6 +14,7 @@ from longlora.reproduction.entries import Table, size
 from longlora.reproduction.flops_table import flops_table
 from longlora.reproduction.page import write_page
 from longlora.reproduction.paper import PAPER
+from longlora.reproduction.real_model import real_model
 from longlora.reproduction.table_document import about_paper, document_of, gather, grid, numbers, paper_grid, words
 from longlora.reproduction.table_runs import Job, jobs_of, run_jobs
 from longlora.reproduction.tables import TABLES
@@ -37,6 +38,8 @@ def reproduce(settings: ReproduceSettings) -> dict[str, Any]:
     """
     if settings.name == "table7":
         return flops_table(settings)
+    if settings.name == "real-model":
+        return real_model(settings)
     folder = Path(settings.output or ("runs/" + (settings.name if settings.name in STUDIES else "reproduce")))
     sizes = size(window_of(settings), settings.context, settings.steps)
     _refuse_documents_that_differ(settings)

@@ -13,7 +13,7 @@ STUDIES = ("attention-study",)
 
 PAPER_TABLES = tuple("table1 table2 table3 table4 table6 table7 table8 table9 table11 figure1".split())
 
-REPRODUCTIONS = (*PAPER_TABLES, *STUDIES)
+REPRODUCTIONS = (*PAPER_TABLES, *STUDIES, "real-model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,8 @@ class ReproduceSettings(CommandSettings):
     """A table of the paper, printed beside the paper's figures: `table1` positions and attention by context, `table2`
     attention patterns, `table3` what trains, `table4` and `table9` training by evaluation context, `table6` retrieval,
     `table7` FLOPs, `table8` perplexity by steps, `table11` group sizes, `figure1` quality, time and memory; or a study
-    of ours: `attention-study` compares training attentions with full attention."""
+    of ours: `attention-study` compares training attentions with full attention, `real-model` takes a pretrained model
+    beyond its window by several positions, attentions and mixes of data."""
 
     model: str = "demo"
     """Base model: `demo`, a hub id, a folder, or a .gguf file."""

@@ -1,0 +1,322 @@
+"""`longlora reproduce real-model`: a pretrained model beyond its window, positions × training attention × data.
+
+    OUTPUT/arms/NAME/                an arm's run directory; of an arm that does not train, only evaluation/
+    OUTPUT/arms/NAME/evaluation/     what `longlora eval perplexity`, `passkey` and `ruler` keep, each trial as it comes
+    OUTPUT/real-model.json, .md, .csv
+
+Every arm is measured by the commands that people use, on the same text and the same prompts, so that two arms are
+compared document by document and prompt by prompt; `longlora report OUTPUT/arms/…` draws any of them. The cheap and
+telling work comes first: arms that do not train, then one training after the other. A killed study goes on with the
+trial it was at.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from longlora.bench.machine import choose_device, hardware
+from longlora.errors import UserError, nearest
+from longlora.evaluation import statistics
+from longlora.evaluation.command import evaluate_perplexity, perplexity_changes
+from longlora.evaluation.passkey import evaluate_passkey
+from longlora.evaluation.results import Document
+from longlora.evaluation.retrieval import accuracy_changes
+from longlora.evaluation.ruler import evaluate_ruler
+from longlora.evaluation.statistics import Estimate
+from longlora.reproduction.base import base_settings, window_of
+from longlora.reproduction.cells import Cell, finished, train_cell
+from longlora.reproduction.real_model_page import numbers, page_text, sentences, tables
+from longlora.run_directory import RunDirectory, versions, write_whole
+from longlora.settings import (
+    AttentionSettings,
+    CorpusSettings,
+    EvaluatePerplexitySettings,
+    ExtendSettings,
+    PasskeySettings,
+    PerplexitySettings,
+    ReproduceSettings,
+    RulerSettings,
+)
+from longlora.tables import aligned, csv
+
+DOCUMENTS = 6
+"""Held-out documents that perplexity is measured on: the first that are as long as the context."""
+
+DEPTHS, TRIALS = 5, 20
+"""Places of a pass key, and prompts for each: 100 a context, whose interval is at most 20 points wide."""
+
+RULER_TASKS = ("niah_single_1", "ruler_vt", "ruler_cwe", "ruler_fwe")
+"""RULER's tasks whose text is made, not downloaded."""
+
+RULER_TRIALS = 50
+
+BEST_SHARE = 1 / 3
+"""Of the layers, drawn anew for each pass, that train with full attention in `--recipe best`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to make the model longer."""
+
+    label: str
+    method: str
+    stretch: int = 1
+    """Positions are stretched for this many times the context."""
+
+    attention: AttentionSettings | None = None
+    """While training; None where nothing is trained."""
+
+    steps: float = 1.0
+    """Share of the study's steps."""
+
+    mix: tuple[str, ...] = ()
+
+
+def arms(context: int, steps: int) -> dict[str, Arm]:
+    """The study's arms by name, in the order in which they run."""
+    group, last = context // 4, max(1, steps // 10)
+    full = AttentionSettings(pattern="full", group_size=group)
+    shift = AttentionSettings(pattern="shift", group_size=group)
+    best = replace(shift, full_layers_share=BEST_SHARE)
+    pairs = BEST_SHARE + (1 - BEST_SHARE) / 4  # of full attention's, as groups of a quarter take a quarter of them
+    found = {
+        "base": Arm(label="as it is", method="none"),
+        "yarn": Arm(label="YaRN, not trained", method="yarn"),
+        "ntk": Arm(label="NTK, not trained", method="ntk"),
+        "ntk-twice": Arm(label="NTK for twice the context, not trained", method="ntk", stretch=2),
+        "llama3": Arm(label="Llama 3's rule, not trained", method="llama3"),
+        "linear": Arm(label="Position Interpolation, not trained", method="linear"),
+    }
+    for method, said in (("yarn", "YaRN"), ("ntk", "NTK")):
+        found |= {
+            f"{method}-best": Arm(label=f"{said}, a third of the layers full", method=method, attention=best),
+            f"{method}-full": Arm(label=f"{said}, full attention", method=method, attention=full),
+            f"{method}-shift": Arm(label=f"{said}, S²", method=method, attention=shift),
+            f"{method}-full-pairs": Arm(
+                label=f"{said}, full attention, as many pairs", method=method, attention=full, steps=pairs
+            ),
+            f"{method}-best-last": Arm(
+                label=f"{said}, a third full, last {last} steps full",
+                method=method,
+                attention=replace(best, full_attention_steps=last),
+            ),
+            f"{method}-best-mix": Arm(
+                label=f"{said}, a third full, 60% long documents",
+                method=method,
+                attention=best,
+                mix=("long=0.6", "short=0.4"),
+            ),
+        }
+    return found
+
+
+@dataclass(frozen=True)
+class Study:
+    """The study at one size: its settings, the model's window, and where everything goes."""
+
+    settings: ReproduceSettings
+    window: int
+    base: ExtendSettings
+    folder: Path
+    known: Mapping[str, Arm]
+
+    def cell(self, name: str) -> Cell:
+        """The training of an arm as a cell, placed."""
+        arm, base = self.known[name], self.base
+        assert arm.attention is not None
+        settings = replace(
+            base,
+            output=str(self.folder / "arms" / name),
+            positions=replace(base.positions, method=arm.method),
+            attention=arm.attention,
+            corpus=replace(base.corpus, packing="isolate" if arm.mix else base.corpus.packing, mix=arm.mix),
+            training=replace(base.training, steps=max(1, round(base.training.steps * arm.steps))),
+        )
+        return Cell(name, arm.label, settings)
+
+    def place(self, name: str, measure: str) -> Path:
+        """The document of a measurement."""
+        return self.folder / "arms" / name / "evaluation" / f"{measure}.json"
+
+    def evaluated(self, name: str) -> dict[str, Any]:
+        """What every evaluation of an arm is told: the model, how its positions are stretched, where results go."""
+        arm, context = self.known[name], self.base.positions.context
+        dtype = self.base.training.dtype
+        own = {"output": str(self.place(name, "").parent), "resume": True, "json": True, "dtype": dtype}
+        if arm.attention is not None:
+            return own | {"models": (str(self.folder / "arms" / name),)}
+        return own | {"models": (self.settings.model,), "extend_to": context * arm.stretch, "method": arm.method}
+
+
+def _perplexity(study: Study, name: str) -> Document:
+    window, context = study.window, study.base.positions.context
+    way = PerplexitySettings(contexts=(window // 4, window, context), max_documents=DOCUMENTS)
+    corpus = CorpusSettings(data=study.settings.evaluation_data or ("stdlib",))
+    return evaluate_perplexity(EvaluatePerplexitySettings(**study.evaluated(name), corpus=corpus, perplexity=way))
+
+
+def _passkey(study: Study, name: str) -> Document:
+    window, context = study.window, study.base.positions.context
+    asked = (window // 2, window, (window + context) // 2, context)
+    return evaluate_passkey(PasskeySettings(**study.evaluated(name), contexts=asked, depths=DEPTHS, trials=TRIALS))
+
+
+def _ruler(study: Study, name: str) -> Document:
+    contexts = (study.window // 2, study.window, study.base.positions.context)
+    return evaluate_ruler(
+        RulerSettings(**study.evaluated(name), contexts=contexts, tasks=RULER_TASKS, trials=RULER_TRIALS)
+    )
+
+
+MEASURES: dict[str, Callable[[Study, str], Document]] = {
+    "perplexity": _perplexity,
+    "passkey": _passkey,
+    "ruler": _ruler,
+}
+"""Each made for all arms before the next begins, since the first tells which arms are worth the others."""
+
+
+def real_model(settings: ReproduceSettings) -> dict[str, Any]:
+    """Run `longlora reproduce real-model`.
+
+    Returns:
+        `{"name", "model", "data", "evaluation_data", "window", "context", "steps", "rows", "date", "machine",
+        "versions", "arms": [{"name", "label", "training", "pairs", "perplexity", "passkey", "ruler"}], "left":
+        [what was not run], "missing": [what cannot be run here]}`; measurements as their commands' `results`, each with
+        `change`: from full attention's arm with the same positions, at the same context. It is also written to
+        OUTPUT/real-model.json, with a page and a CSV beside it.
+
+    Raises:
+        UserError: an unknown arm, no evaluation data, or whatever training and evaluations raise.
+    """
+    study = _study(settings)
+    chosen = [name for name in study.known if not settings.only or name in settings.only]
+    left = []
+    missing = [] if find_spec("lm_eval") else ["ruler, which needs longlora[eval]"]
+    began = time.monotonic()
+    for measure, make in MEASURES.items():
+        for name in chosen:
+            if study.place(name, measure).exists() or (measure == "ruler" and missing):
+                continue
+            if settings.minutes is not None and time.monotonic() - began > 60 * settings.minutes:
+                left.append(f"{measure} of {name}")
+                continue
+            _trained(study, name)
+            make(study, name)
+            _write(study, left, missing)  # what stands so far, whenever it is stopped
+    document = _write(study, left, missing)
+    if not settings.json:
+        print("\n\n".join([aligned(table) for table in tables(document)] + sentences(document)))
+    return document
+
+
+def _study(settings: ReproduceSettings) -> Study:
+    for flag, given in (
+        ("method", settings.method != "yarn"),
+        ("seeds", settings.seeds),
+        ("reuse", settings.reuse),
+        ("jobs", settings.jobs > 1),
+    ):
+        if given:
+            raise UserError(
+                f"--{flag} has no effect on real-model, whose arms say how positions are stretched and run with one "
+                "seed, one after the other: leave it out."
+            )
+    window = window_of(settings)
+    context = settings.context or 2 * window
+    known = arms(context, settings.steps)
+    for name in settings.only:
+        if name not in known:
+            raise UserError(
+                f"--only names '{name}', which is no arm of real-model: it has {', '.join(known)}. "
+                f"{nearest(name, known)}".rstrip()
+            )
+    if "stdlib" not in settings.data and not settings.evaluation_data:
+        raise UserError("--evaluation-data is missing: name documents to measure on that are not in --data.")
+    folder = Path(settings.output or "runs/real-model")
+    base = base_settings(settings, context)
+    if (
+        choose_device("auto").type == "cpu"
+    ):  # most CPUs have no arithmetic of bfloat16: ten times as slow, and less exact
+        base = replace(base, training=replace(base.training, dtype="float32"))
+    return Study(settings, window, base, folder, known)
+
+
+def _trained(study: Study, name: str) -> None:
+    """Train the arm where that is not done, going on from its last checkpoint."""
+    if study.known[name].attention is None:
+        return
+    cell = study.cell(name)
+    if finished(cell) is not None:
+        return
+    run = RunDirectory(cell.settings.output)
+    with run.locked():
+        _, _, result = train_cell(cell, run)
+        run.write_evaluation("cell", result)
+
+
+def _write(study: Study, left: Sequence[str], missing: Sequence[str]) -> dict[str, Any]:
+    """Gather what stands, and write it."""
+    settings, base = study.settings, study.base
+    found = {
+        name: {each: json.loads(file.read_text()) for each in MEASURES if (file := study.place(name, each)).exists()}
+        for name in study.known
+    }
+    document: dict[str, Any] = {
+        "name": settings.name,
+        "model": settings.model,
+        "data": ", ".join(settings.data),
+        "evaluation_data": ", ".join(settings.evaluation_data) or "a held-out part of the standard library",
+        "window": study.window,
+        "context": base.positions.context,
+        "steps": settings.steps,
+        "rows": settings.steps * base.training.batch,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": hardware(choose_device("auto")),
+        "versions": versions(),
+        "arms": [_entry(study, name, found) for name in study.known if found[name]],
+        "left": list(left),
+        "missing": list(missing),
+    }
+    study.folder.mkdir(parents=True, exist_ok=True)
+    write_whole(study.folder / "real-model.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    write_whole(study.folder / "real-model.md", page_text(document))
+    write_whole(study.folder / "real-model.csv", csv(numbers(document)))
+    if settings.pages:
+        write_whole(Path(settings.pages) / "real-model.md", page_text(document))
+    return document
+
+
+def _entry(study: Study, name: str, found: Mapping[str, Mapping[str, Document]]) -> dict[str, Any]:
+    arm = study.known[name]
+    entry: dict[str, Any] = {"name": name, "label": arm.label, "training": None, "pairs": None}
+    if arm.attention is not None and (result := RunDirectory(study.folder / "arms" / name).read_evaluation("cell")):
+        entry |= {"training": result["training"], "pairs": result["attention_cost"]["pairs"]}
+    other = f"{arm.method}-full" if arm.attention is not None else "base"
+    for measure, document in found[name].items():
+        before = found.get(other, {}).get(measure)
+        changes: Mapping[int, Estimate] = {}
+        if before is not None and name != other:
+            changes = (perplexity_changes if measure == "perplexity" else accuracy_changes)(document, before)
+        entry[measure] = [_shown(document, context, changes.get(context)) for context in _contexts(document)]
+    return entry
+
+
+def _contexts(document: Document) -> list[int]:
+    return sorted({result["context"] for result in document["results"]})
+
+
+def _shown(document: Document, context: int, change: Estimate | None) -> dict[str, Any]:
+    """A measurement at one context, over all its depths and tasks."""
+    results = [result for result in document["results"] if result["context"] == context]
+    found: dict[str, Any] = {"context": context, "change": change._asdict() if change else None}
+    if "perplexity" in results[0]:
+        return found | {key: results[0][key] for key in ("perplexity", "low", "high", "tokens", "documents")}
+    scores = [score for result in results for score in result.get("scores", [])]
+    share = statistics.share(sum(scores) / len(scores), len(scores))
+    return found | {"accuracy": share.value, "low": share.low, "high": share.high, "trials": len(scores)}
