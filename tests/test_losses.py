@@ -94,9 +94,31 @@ def full_logit_loss(model: nn.Module, inputs: dict[str, Tensor], num_items: int 
                 total = total + logits.exp().sum().log() - logits[labels[row, position]]
                 count += 1
     loss = total / (num_items or count)
-    if getattr(outputs, "aux_loss", None) is not None:
-        loss = loss + model.config.router_aux_loss_coef * outputs.aux_loss
+    if getattr(outputs, "aux_loss", None) is not None:  # that of each row by itself, by its share of the scored tokens
+        if len(labels) > 1:
+            rows = [{name: value[row : row + 1] for name, value in inputs.items()} for row in range(len(labels))]
+            return torch.stack([full_logit_loss(model, row, num_items or count) for row in rows]).sum()
+        share = count / (num_items or count)
+        loss = loss + share * model.config.router_aux_loss_coef * outputs.aux_loss.double()
     return loss
+
+
+@pytest.mark.parametrize("rows_together", [1, 2, 4])
+def test_a_routers_loss_is_the_same_however_a_step_is_divided(rows_together: int) -> None:
+    """Loss and gradient of a step of four rows; the coefficient is large enough for a wrong share to show."""
+    model = make_model("mixtral, whose router has a loss", router_aux_loss_coef=0.5)
+    inputs = make_inputs(rows=4)
+    scored = int((inputs["labels"][:, 1:] != -100).sum())
+    expected = full_logit_loss(model, inputs)
+    expected_gradients = gradients(model, expected)
+    micro_batches = [
+        {name: value[first : first + rows_together] for name, value in inputs.items()}
+        for first in range(0, 4, rows_together)
+    ]
+    loss = sum(causal_lm_loss(model, part, num_items=scored) for part in micro_batches)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    for name, gradient in gradients(model, loss).items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-8, atol=1e-12)
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -119,7 +141,8 @@ def test_loss_and_all_gradients_equal_those_of_full_logits(family: str) -> None:
     model = make_model(family)
     inputs = make_inputs()
     assert_same_training(model, inputs, chunk=5)
-    # transformers' own loss is computed in float32
+    # transformers' own loss is computed in float32; a router's it takes of a batch, and we of a row
+    inputs = {name: value[-1:] for name, value in inputs.items()}
     own = model(**inputs).loss
     torch.testing.assert_close(causal_lm_loss(model, inputs).double(), own.double(), rtol=0, atol=1e-6)
 

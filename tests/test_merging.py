@@ -62,6 +62,26 @@ def stock(
     return {name: (results[name], seen[name], ropes[name]) for name in CASES}
 
 
+def test_a_merged_model_stops_where_its_template_ends_a_turn(tmp_path: Path, tiny_model: Any, tokenizer: Any) -> None:
+    """A base model's generation_config names the end of a text alone; stock generate reads no other."""
+    tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    )
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    base = save_base(tmp_path / "base", tiny_model("llama", vocab_size=258), tokenizer)
+    assert GenerationConfig.from_pretrained(base).eos_token_id == 0
+    make_run(tmp_path / "run", base, tokenizer)
+    merge(str(tmp_path / "run"), tmp_path / "merged")
+    assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == [0, end]
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    # an answer of <|im_end|> and nothing else
+    model.lm_head.register_forward_hook(lambda head, given, logits: logits.index_fill(-1, torch.tensor([end]), 9.0))
+    answer = model.generate(torch.tensor([[5, 6]]), max_new_tokens=5, do_sample=False)
+    assert answer[0, 2:].tolist() == [end]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_stock_transformers_gets_the_same_model(stock: Any, name: str) -> None:
     _, tied, adapters = CASES[name]

@@ -9,12 +9,20 @@ from longlora import ranks
 from longlora.errors import printable
 
 
+class _Stderr(logging.StreamHandler):
+    """The stderr of the moment, for whoever runs several commands in one process and reads what each of them says."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def quiet_libraries() -> None:
     """Set up logging for a process that runs a command, before it imports transformers."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(handlers=[_Stderr()], level=logging.WARNING, format="%(message)s")
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_Printable("%(message)s"))
     # of several processes the first speaks for all

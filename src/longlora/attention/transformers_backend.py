@@ -5,7 +5,8 @@ keeps full attention for inference (section 3.2).
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -200,6 +201,19 @@ def _global_layers(config: PreTrainedConfig) -> dict[int, int]:
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     layers = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
     return {layer: ordinal for ordinal, layer in enumerate(layers)}
+
+
+@contextmanager
+def inference_with_pattern(model: nn.Module) -> Iterator[None]:
+    """The pattern in `eval()` too, where `model` trains with one."""
+    before = {state: state.inference for state in _states(model)}
+    try:
+        for state in before:
+            state.inference = True
+        yield
+    finally:
+        for state, inference in before.items():
+            state.inference = inference
 
 
 def _counted_from_first(layers: Sequence[int], count: int) -> frozenset[int]:

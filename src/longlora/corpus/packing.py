@@ -103,6 +103,7 @@ def pack(
     mix: Mapping[str, float] | None = None,
     seed: int = 0,
     documents: np.ndarray | None = None,
+    together: bool = True,
 ) -> PackedRows:
     """Rows of `context` tokens from `corpus`, in an order shuffled with `seed`.
 
@@ -119,7 +120,7 @@ def pack(
     - `isolate`: a document longer than the context is cut into pieces, pieces are put together by best-fit
       decreasing, and no loss crosses from one to the next. Positions begin again with each piece, and with the
       padding, so that a backend that tells documents apart by their positions needs no mask. A piece of a single
-      token has nothing to predict and is dropped.
+      token has nothing to predict and is dropped. With `together` off each piece has a row of its own.
 
     Only the documents whose indices `documents` lists are packed, by default all.
 
@@ -146,7 +147,8 @@ def pack(
             f"--prefer-long has no effect: none of the {len(order):,} documents has {context:,} tokens, "
             f"the longest has {lengths.max(initial=0):,}. Leave it out, or give longer documents."
         )
-    rows_of = partial(_isolate if packing == "isolate" else _concatenate, corpus, context)
+    cut = partial(_isolate, together=together) if packing == "isolate" else _concatenate
+    rows_of = partial(cut, corpus, context)
     generator = np.random.default_rng([seed, 1])
     if mix:
         kinds = (
@@ -213,12 +215,16 @@ def _concatenate(
 
 
 def _isolate(
-    corpus: TokenizedCorpus, context: int, parts: list[np.ndarray], generator: np.random.Generator
+    corpus: TokenizedCorpus,
+    context: int,
+    parts: list[np.ndarray],
+    generator: np.random.Generator,
+    together: bool = True,
 ) -> PackedRows:
     starts, lengths, rows_of_pieces, rows = [], [], [], 0
     for part in parts:
         part_starts, part_lengths = _pieces(corpus, part, context)
-        row_of_piece = best_fit_decreasing(part_lengths, context)
+        row_of_piece = best_fit_decreasing(part_lengths, context) if together else np.arange(len(part_lengths))
         part_rows = int(row_of_piece.max(initial=-1)) + 1
         starts.append(part_starts)
         lengths.append(part_lengths)

@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longlora.errors import UserError, check_choice
+from longlora.model.stopping import ends_of_turn
 from longlora.settings import CHOICES
 
 logger = logging.getLogger(__name__)
@@ -82,19 +83,8 @@ class PromptFormat:
             given = getattr(model.generation_config, "eos_token_id", None)
             found |= set(given) if isinstance(given, list) else {given}
         if self.chat:
-            found |= self._ends_of_turn()
+            found |= ends_of_turn(self.tokenizer)
         return frozenset(token for token in found if token is not None)
-
-    def _ends_of_turn(self) -> set[int]:
-        """The added token that the template writes after what the assistant said, if it does."""
-        said = "the answer"
-        try:
-            written = self._render([*self._turns("a question"), {"role": "assistant", "content": said}])
-        except UserError:  # it takes no second turn, which no question needs
-            return set()
-        _, there, after = written.rpartition(said)
-        end = self._tokenized(after.lstrip())[:1] if there else []
-        return set(end) & set(self.tokenizer.added_tokens_decoder)
 
     def text(self, tokens: list[int]) -> str:
         """What an answer's tokens say, without special tokens."""

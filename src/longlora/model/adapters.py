@@ -105,10 +105,11 @@ def add_adapters_from(settings: TrainableSettings, model: PreTrainedModel) -> Pr
 
 def attention_projections(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers inside attention modules by full name: q, k, v and o, however a family lays them out."""
-    inside = [name + "." for name, module in model.named_modules() if "attention" in type(module).__name__.lower()]
+    modules = _reached_by_text(model)
+    inside = [name + "." for name, module in modules.items() if "attention" in type(module).__name__.lower()]
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if isinstance(module, nn.Linear | Conv1D) and name.startswith(tuple(inside))
     }
 
@@ -123,7 +124,18 @@ def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
         leaf = any(True for _ in module.parameters(recurse=False)) and not any(True for _ in module.children())
         return named_so and leaf and module is not head
 
-    return {name: module for name, module in model.named_modules() if is_norm(module)}
+    return {name: module for name, module in _reached_by_text(model).items() if is_norm(module)}
+
+
+def _reached_by_text(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules, by full name, that a batch of text passes: the decoder's, and no vision or audio tower's."""
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    place = next((name for name, module in model.named_modules() if module is decoder), "")
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if not place or name == place or name.startswith(f"{place}.")
+    }
 
 
 def _input_embedding(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -176,7 +188,13 @@ def _full(model: PreTrainedModel) -> PreTrainedModel:
     if getattr(model, "is_quantized", False):
         raise UserError("a quantised model cannot be trained in full: load it unquantised, or train LoRA.")
     model.float()
-    return model.requires_grad_(True)
+    decoder = model.get_decoder()
+    if decoder is model.base_model:
+        return model.requires_grad_(True)
+    model.requires_grad_(False)
+    for module in (decoder, model.get_input_embeddings(), model.get_output_embeddings()):
+        cast(nn.Module, module).requires_grad_(True)
+    return model
 
 
 def _group_names(model: nn.Module) -> dict[str, str]:

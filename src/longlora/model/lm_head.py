@@ -167,6 +167,9 @@ def causal_lm_loss(
 ) -> Tensor:
     """Next-token loss, a scalar: the sum over scored tokens / `num_items`; equal to `model(**inputs).loss`.
 
+    A router's loss (`output_router_logits`) is taken of each row, where transformers takes it of a batch, and weighted
+    by the row's share of `num_items`: so a step's loss is the same however its rows are divided over micro-batches.
+
     Args:
         model: a causal language model of transformers, possibly wrapped (PEFT, DDP, FSDP).
         inputs: keyword arguments of its forward with `labels (B, N)`, not shifted. Packed rows (`position_ids` that
@@ -179,9 +182,16 @@ def causal_lm_loss(
         UserError: as `final_hidden_states`.
     """
     inputs = dict(inputs)
-    labels = functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORED)
+    labels = functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+    scored_here = (labels != IGNORED).sum()
     if num_items is None:
-        num_items = (labels != IGNORED).sum().clamp(min=1)
+        num_items = scored_here.clamp(min=1)
+    rows = len(labels)
+    if rows > 1 and getattr(unwrapped(model).config.get_text_config(), "output_router_logits", False):
+        # a router's loss is no sum over tokens: row by row, so that it does not depend on which rows share a batch
+        parts = ({name: _row(value, row, rows) for name, value in inputs.items()} for row in range(rows))
+        return torch.stack([causal_lm_loss(model, part, chunk, num_items, kernel) for part in parts]).sum()
+    del inputs["labels"]
 
     def summed(hidden: Tensor) -> Tensor:
         if kernel == "chunked":
@@ -193,9 +203,27 @@ def causal_lm_loss(
     losses, outputs = _run(model, inputs, summed)
     loss = losses / torch.as_tensor(num_items, device=losses.device)
     if (router_loss := getattr(outputs, "aux_loss", None)) is not None:
-        coefficient = unwrapped(model).config.get_text_config().router_aux_loss_coef
-        loss = loss + coefficient * router_loss.to(loss.device)
+        scored = router_loss.to(loss) * scored_here.to(loss.device)
+        loss = loss + _router_coefficient(unwrapped(model)) * scored / torch.as_tensor(num_items, device=loss.device)
     return loss
+
+
+def _row(value: Any, row: int, rows: int) -> Any:
+    """Row `row` of an input `(B, …)`; what is the same for all rows as it is."""
+    return value[row : row + 1] if torch.is_tensor(value) and value.ndim > 1 and len(value) == rows else value
+
+
+def _router_coefficient(base: PreTrainedModel) -> float:
+    """What `base` multiplies its router's loss by; families name it differently."""
+    config = base.config.get_text_config()
+    for name in ("router_aux_loss_coef", "aux_loss_coef"):
+        for owner in (base, config):
+            if (coefficient := getattr(owner, name, None)) is not None:
+                return coefficient
+    raise UserError(
+        f"{type(base).__name__} has a router's loss, but no router_aux_loss_coef: set output_router_logits "
+        "to false in its config.json."
+    )
 
 
 _proven: WeakSet[nn.Module] = WeakSet()

@@ -6,6 +6,7 @@ under the *extended* config.json that lies beside the adapter, but what PEFT onl
 
 import copy
 import io
+import logging
 import os
 import sys
 import warnings
@@ -13,12 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,7 +31,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
 from longlora.errors import UserError, check_choice
@@ -36,7 +39,7 @@ from longlora.model.adapters import merge_adapters
 from longlora.model.gguf_positions import read_positions
 from longlora.model.positions import present_context
 from longlora.model.precision import keep_trainable_in_float32
-from longlora.model.source import ModelSource, base_of, first_line, locate, resolve
+from longlora.model.source import OLD_WEIGHTS, TRAINED_PARTS, ModelSource, base_of, first_line, locate, resolve
 from longlora.settings import DTYPES
 
 __all__ = ["ModelSource", "load", "load_config", "load_tokenizer", "locate", "quiet", "resolve", "window"]
@@ -51,6 +54,8 @@ SHAPE_FIELDS = (
     "tie_word_embeddings",
 )
 """Config fields in which an adapter's config.json must agree with its base."""
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 
@@ -98,6 +103,7 @@ def load(
         network = _blank(source, config, dtype, trust_remote_code, adapters=adapters and not merge, trainable=trainable)
     else:
         network = _network(source, config, dtype, trust_remote_code, adapters=adapters, trainable=trainable)
+    _refuse_tokens_without_a_row(network, len(tokenizer), source)
     if merge and isinstance(network, PeftModel):
         network = _merged(network, source)
     if not trainable:
@@ -199,12 +205,19 @@ def _config(source: ModelSource, trust_remote_code: bool) -> PreTrainedConfig:
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     stated = config.architectures or [str(expected)]
-    decoder = any(name == expected or name.endswith(("ForCausalLM", "LMHeadModel")) for name in stated)
+    endings = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    decoder = any(name == expected or name.endswith(endings) for name in stated)
     if not remote and (expected is None or config.is_encoder_decoder or not decoder):
         raise UserError(
             f"MODEL '{source.name}' is a {', '.join(config.architectures or [config.model_type])}: "
             "it must be a decoder with a language-model head (…ForCausalLM)."
         )
+    if "text_config" in config.sub_configs and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        # Qwen3.5's checkpoints hold a vision tower too, and AutoModelForCausalLM loads the text model alone
+        text = config.get_text_config(decoder=True)
+        if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].config_class is type(text):
+            text.dtype = text.dtype or config.dtype
+            return text
     return config
 
 
@@ -244,6 +257,24 @@ def _require_matching_vocabulary(
             f"the tokenizer of '{source.name}' has {needed:,} tokens but its embedding {rows:,} rows: "
             "give the tokenizer that the model was trained with."
         )
+
+
+def _refuse_tokens_without_a_row(model: nn.Module, tokens: int, source: ModelSource) -> None:
+    """Make such a token a sentence when it is met: most that lie outside never are."""
+    embedding = cast(nn.Embedding, cast(PreTrainedModel, model).get_input_embeddings())
+    rows = embedding.weight.shape[0]
+    if tokens <= rows:
+        return
+
+    def look(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        largest = int(inputs[0].max()) if inputs and inputs[0].numel() else 0
+        if largest >= rows:
+            raise UserError(
+                f"the tokenizer of '{source.name}' makes token {largest:,} but the model embeds only {rows:,}: give "
+                "the tokenizer that belongs to it, or resize its embedding and train the new rows."
+            )
+
+    embedding.register_forward_pre_hook(look)
 
 
 def _network(
@@ -341,6 +372,7 @@ def _with_adapter(base: PreTrainedModel, source: ModelSource, trainable: bool) -
         config = PeftConfig.from_pretrained(source.location)
     config.inference_mode = not trainable
     config.base_model_name_or_path = base.name_or_path
+    _put_in_trained_parts(base, source, trainable)
     misfit = f"adapter '{source.name}' does not fit its base '{source.base}'"
     try:
         with quiet():
@@ -350,6 +382,11 @@ def _with_adapter(base: PreTrainedModel, source: ModelSource, trainable: bool) -
             result = model.load_adapter(
                 source.location, "default", is_trainable=trainable, torch_device=str(base.device)
             )
+    except UnpicklingError as error:
+        raise UserError(
+            f"adapter '{source.name}' has more than tensors in its {OLD_WEIGHTS}, and a pickle can run code when read: "
+            "save it again with PEFT's save_pretrained."
+        ) from error
     except (KeyError, RuntimeError, ValueError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -360,3 +397,29 @@ def _with_adapter(base: PreTrainedModel, source: ModelSource, trainable: bool) -
         lost = f"{len(result.unexpected_keys)} of its tensors have no place there and {len(result.missing_keys)} lack"
         raise UserError(f"{misfit}: {lost}, such as {[*result.unexpected_keys, *result.missing_keys][0]}.")
     return model
+
+
+def _put_in_trained_parts(base: PreTrainedModel, source: ModelSource, trainable: bool) -> None:
+    """The norms and embeddings of the original LongLoRA's adapters, which lie beside them; PEFT passes them over."""
+    file = source.file(TRAINED_PARTS)
+    if not file.is_file():
+        return
+    if trainable:
+        raise UserError(
+            f"adapter '{source.name}' keeps its norms and embeddings in {TRAINED_PARTS}, where PEFT would lose them: "
+            f"merge it first (`longlora merge {source.name} --output FOLDER`) and train the folder."
+        )
+    with _reading(f"'{file}'"):
+        trained = torch.load(file, map_location="cpu", weights_only=True)
+    own = base.state_dict()
+    for name, tensor in trained.items():
+        place = own.get(name.removeprefix("base_model.model."))
+        # a padding token that the original added for its training has a row of its own, which no text reaches
+        fits = place is not None and place.shape[1:] == tensor.shape[1:] and len(place) <= len(tensor)
+        if not fits or (len(place) < len(tensor) and place.ndim == 1):
+            raise UserError(
+                f"'{file}' does not fit the base '{source.base}': {name} is {tuple(tensor.shape)} there and "
+                f"{'nowhere' if place is None else tuple(place.shape)} in the base."
+            )
+        place.copy_(tensor[: len(place)])
+    logger.info("%s: %d trained norms and embeddings of %s put in", source.name, len(trained), TRAINED_PARTS)

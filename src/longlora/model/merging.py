@@ -25,6 +25,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from longlora.errors import UserError
 from longlora.model.loading import load, load_config, quiet, window
 from longlora.model.source import ADAPTER_WEIGHTS, ModelSource, base_of, first_line, locate
+from longlora.model.stopping import stop_at_end_of_turn
 from longlora.settings import MergeSettings
 
 
@@ -91,6 +92,7 @@ def merge(
         context = window(plain.config)
         tokenizer.model_max_length = context or tokenizer.model_max_length
         generation = plain.generation_config
+        stop_at_end_of_turn(generation, tokenizer)
         # Llama 2's max_length is its window: where the base generates up to its end, so does the merged model.
         if context is not None and generation.max_length in _windows_below(source, trust_remote_code):
             generation.max_length = context

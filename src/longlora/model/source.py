@@ -6,6 +6,7 @@ disk alone; `locate` also asks the hub, once and briefly, so that no later call 
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +22,13 @@ HUB_TIMEOUT = 10.0
 """Seconds to wait for the hub's first answer."""
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+OLD_WEIGHTS, TRAINED_PARTS = "adapter_model.bin", "trainable_params.bin"
+"""An adapter as the original LongLoRA released it: pickles, read as tensors alone (`weights_only`)."""
+
+_READ = (ADAPTER_WEIGHTS, OLD_WEIGHTS, TRAINED_PARTS)
+_OF_TRAINING = ("optimizer.", "scheduler.", "scaler.", "training_args.", "rng_state")
+_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,11 +165,9 @@ def _run(name: str, folder: Path, settings: dict[str, Any]) -> ModelSource:
 def _adapter(name: str, folder: Path) -> ModelSource:
     """An adapter folder, on its own or as `adapter/` or `checkpoint-N/` of a run directory."""
     run = _run_settings(folder.parent)
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        pickled = " (its weights are a pickle, adapter_model.bin)" if (folder / "adapter_model.bin").is_file() else ""
-        raise UserError(
-            f"adapter '{name}' has no {ADAPTER_WEIGHTS}{pickled}: save it again with PEFT's save_pretrained."
-        )
+    if not any((folder / weights).is_file() for weights in (ADAPTER_WEIGHTS, OLD_WEIGHTS)):
+        raise UserError(f"adapter '{name}' has no {ADAPTER_WEIGHTS}: save it again with PEFT's save_pretrained.")
+    _refuse_unread_weights(name, [path.name for path in folder.iterdir()])
     if not (folder / "config.json").is_file():
         # The base would come up with a window of its own, and silently be a different model.
         raise UserError(
@@ -195,6 +201,16 @@ def _adapter(name: str, folder: Path) -> ModelSource:
         base=base,
         base_revision=revision if base == given else None,
     )
+
+
+def _refuse_unread_weights(name: str, files: Iterable[str]) -> None:
+    """What lies beside an adapter may change its model: named, never passed over."""
+    for file in sorted(files):
+        if file.endswith(_WEIGHTS) and file not in _READ and "/" not in file and not file.startswith(_OF_TRAINING):
+            raise UserError(
+                f"adapter '{name}' has {file} beside it, which longlora does not read and which may be a part of the "
+                "model: merge it with the tool that wrote it, or move the file away if it is none."
+            )
 
 
 def locate(model: str | Path, revision: str | None = None) -> ModelSource:
@@ -243,7 +259,8 @@ def _ask_hub(source: ModelSource) -> ModelSource:
             ) from error
         source = replace(source, local_only=True)
     if ADAPTER_CONFIG in there:
-        patterns = ["*.json", "*.jinja", "*.model", "*.txt", ADAPTER_WEIGHTS]
+        _refuse_unread_weights(name, there)
+        patterns = ["*.json", "*.jinja", "*.model", "*.txt", *_READ]
         folder = snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=source.local_only)
         return replace(_adapter(name, Path(folder)), revision=revision)
     if not source.local_only and not any(file.endswith(".safetensors") for file in there):

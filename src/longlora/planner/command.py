@@ -1,8 +1,11 @@
 """`longlora plan`: from a config to operations, memory, the longest context, time and a recipe."""
 
+import copy
 from dataclasses import asdict, replace
 from typing import Any
 
+from longlora.model.loading import window
+from longlora.model.positions import extend_positions
 from longlora.planner.anatomy import Anatomy
 from longlora.planner.comparison import predicted_and_measured
 from longlora.planner.duration import duration
@@ -32,6 +35,9 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
         UserError: MODEL is not there or cannot be served, or a setting that cannot be.
     """
     config = find_config(settings.model, settings.loading)
+    positions = settings.positions
+    if positions.context > (window(config) or 0):
+        extend_positions(copy.deepcopy(config), positions.context, positions.method)  # refuses what `extend` would
     anatomy = read_anatomy(config, settings.trainable, settings.loading.trust_remote_code)
     refuse_what_cannot_be(anatomy, settings)
     fit = Fit(anatomy, settings)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from longlora import ranks
+from longlora.attention.documents import keeps_documents_apart
 from longlora.attention.transformers_backend import use_shifted_attention
 from longlora.corpus.encoding import beginning
 from longlora.corpus.holding_out import held_out_documents
@@ -28,6 +29,7 @@ from longlora.model.lm_head import unwrapped
 from longlora.model.loading import load, load_config
 from longlora.model.memory_saving.in_the_model import save_memory_in
 from longlora.model.positions import PositionExtension, extend_positions, present_context
+from longlora.model.stopping import stop_at_end_of_turn
 from longlora.planner.choosing import MemoryNeed, choose_memory
 from longlora.report.page import write_report
 from longlora.run_directory import RunDirectory
@@ -195,6 +197,7 @@ def prepare_data(settings: ExtendSettings, tokenizer: PreTrainedTokenizerBase, m
         prefer_long=corpus.prefer_long,
         mix=corpus.shares() if corpus.mix else None,
         seed=settings.training.seed,
+        together=corpus.packing != "isolate" or may_share_rows(model),
     )
     if settings.positions.row_tokens is not None:
         rows.skip_positions(context, settings.training.seed)
@@ -227,6 +230,18 @@ def fingerprint(*arrays: np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
+def may_share_rows(model: nn.Module) -> bool:
+    """Whether documents that are to be kept apart may share a row of `model`, which trains with S2-Attn."""
+    if ranks.first_alone(lambda: keeps_documents_apart(model)):  # which alone holds the weights when several load
+        return True
+    logger.warning(
+        "%s has layers, recurrent or convolutional, that carry a state from one document of a row into the next: each "
+        "document gets a row of its own",
+        type(unwrapped(model)).__name__,
+    )
+    return False
+
+
 def refuse_unknown_token(largest: int, model: nn.Module, name: str) -> None:
     """Raises UserError when the model has no embedding for token `largest`, the largest of its data."""
     embedded = cast(nn.Embedding, unwrapped(model).get_input_embeddings()).num_embeddings
@@ -240,6 +255,8 @@ def refuse_unknown_token(largest: int, model: nn.Module, name: str) -> None:
 def save_result(model: Any, tokenizer: PreTrainedTokenizerBase, run: RunDirectory, context: int) -> None:
     """Save `adapter/` (or `model/` after full training) in one step, with the tokenizer set to the new window."""
     tokenizer.model_max_length = context
+    if isinstance(model, PreTrainedModel):
+        stop_at_end_of_turn(model.generation_config, tokenizer)
     target = run.model if isinstance(model, PreTrainedModel) else run.adapter
     beside = run.path / f".{target.name}"
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from longlora.corpus.encoding import beginning
 from longlora.errors import UserError
+from longlora.model.stopping import ends_of_turn
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -59,7 +60,9 @@ class Vocabulary:
             writer.add_token_merges(self.merges)
         if self.scores:
             writer.add_token_scores(self.scores)
+        ends = ends_of_turn(tokenizer) - {tokenizer.eos_token_id}
         for add, token in (
+            (writer.add_eot_token_id, min(ends, default=None)),
             (writer.add_bos_token_id, tokenizer.bos_token_id),
             (writer.add_eos_token_id, tokenizer.eos_token_id),
             (writer.add_unk_token_id, tokenizer.unk_token_id),
@@ -90,6 +93,11 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
     model = rules["model"]
     if model["type"] != "BPE":
         raise _unknown(f"a {model['type']} model")
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer):,} tokens but the model embeds only {rows:,}: give the tokenizer that "
+            "belongs to it, or resize its embedding and train the new rows."
+        )
     tokens, types = _entries(tokenizer, model["vocab"], rows)
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ", 1)) for merge in model["merges"]]
     if model.get("byte_fallback"):

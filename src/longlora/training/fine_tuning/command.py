@@ -35,6 +35,7 @@ from longlora.training.extension import (
     announce_trainable,
     fingerprint,
     flat,
+    may_share_rows,
     memory_facts,
     nothing_left_behind,
     refuse_unknown_token,
@@ -108,7 +109,7 @@ def sft(settings: SftSettings) -> dict[str, Any]:
             model, settings.attention.tokens_per_group(plan.context), backend=settings.attention.attention_backend
         )
         conversations = ConversationFormat(tokenizer, settings.prompt_format)
-        data = _prepare(settings, conversations, plan.context)
+        data = _prepare(settings, conversations, plan.context, together=may_share_rows(model))
         run.recognise(data.content, accept)
         largest = max(int(example.tokens.max()) for example in [*data.rows.examples, *data.held_out])
         refuse_unknown_token(largest, model, settings.model)
@@ -252,8 +253,7 @@ def _load(settings: SftSettings, source: ModelSource) -> tuple[PreTrainedModel |
     return model, tokenizer
 
 
-def _prepare(settings: SftSettings, conversations: ConversationFormat, context: int) -> Data:
-
+def _prepare(settings: SftSettings, conversations: ConversationFormat, context: int, together: bool) -> Data:
     def examples(files: Sequence[str]) -> Read:
         every = settings.loss_on == "every"
         return read_examples(files, conversations, context, every_answer=every, skip_malformed=settings.skip_malformed)
@@ -266,7 +266,7 @@ def _prepare(settings: SftSettings, conversations: ConversationFormat, context: 
         facts["held_out_too_long"] = measured.facts()["too_long"]
     else:
         training, held_out = hold_out(read, settings.held_out, settings.training.seed)
-    rows = pack_examples(training, context, settings.training.seed)
+    rows = pack_examples(training, context, settings.training.seed, together)
     answer_tokens = sum(example.answer_tokens for example in training)
     logger.info(
         "%s examples, %s tokens (%s of answers), in %s rows of at most %s; %s held out",

@@ -52,15 +52,18 @@ class PackedExamples(Dataset[dict[str, Tensor]]):
         return {name: torch.from_numpy(np.concatenate(parts)) for name, parts in row.items()}
 
 
-def pack_examples(examples: Sequence[Example], context: int, seed: int) -> PackedExamples:
+def pack_examples(examples: Sequence[Example], context: int, seed: int, together: bool = True) -> PackedExamples:
     """Rows of at most `context` tokens by best-fit decreasing, in an order shuffled with `seed`.
 
     Args:
         examples: each of at most `context` tokens.
         context: most tokens of a row.
         seed: of the shuffle, which also decides which examples of one length share a row.
+        together: several examples may share a row; otherwise each has its own.
     """
     generator = np.random.default_rng(seed)
+    if not together:
+        return PackedExamples(examples, [[index] for index in generator.permutation(len(examples)).tolist()])
     order = generator.permutation(len(examples))
     row_of_place = best_fit_decreasing(np.array([len(examples[index].tokens) for index in order]), context)
     rows: list[list[int]] = [[] for _ in range(row_of_place.max() + 1)]

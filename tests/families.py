@@ -1,0 +1,200 @@
+"""Every decoder family that the installed transformers can build tiny, and what each command makes of it.
+
+Nothing here lists families: they are what transformers' own table has. `python tests/families.py` tries them all and
+writes docs/models.md, family by family, so that it may be stopped; named families are tried first.
+"""
+
+import contextlib
+import io
+import json
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import make_tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from longlora.cli import main
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+WINDOW, VOCABULARY = 256, 320
+
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_hidden_layers": 6,  # every sixth of some has attention, or full attention
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": WINDOW,
+    "original_max_position_embeddings": WINDOW,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+    # what else makes a model large, by the names that families give it
+    "n_embd": 64,
+    "n_layer": 6,
+    "n_head": 4,
+    "n_positions": WINDOW,
+    "head_dim": 16,
+    "global_head_dim": 16,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_expand": 2,
+    "sliding_window": 2048,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "num_kv_shared_layers": 0,
+    "num_mtp_layers": 0,
+}
+LARGEST = 3_000_000
+"""Parameters above which a family is not tiny whatever is asked: its config has sizes of its own names."""
+
+COMMANDS = {
+    "plan": "plan {base} --context 1024",
+    "chat": "chat {base} --question why --answer-tokens 2",
+    "eval": "eval perplexity {base} --data {text} --contexts 128 --stride 128 --max-documents 1",
+    "extend": "extend {base} --context 512 --data {text} --evaluation-data {text} --contexts 128 --max-documents 1 "
+    "--steps 1 --batch 1 --dtype float32 --output {run}",
+    "sft": "sft {base} --data {pairs} --held-out 0 --batch 1 --epochs 1 --dtype float32 --output {run}-sft",
+    "merge": "merge {run} --output {run}-merged",
+    "export": "export {base} --gguf {run}.gguf",
+}
+"""Column -> command; `merge` needs the run that `extend` leaves."""
+
+
+def families() -> list[str]:
+    """transformers' model types with a causal language model, less those that are only another's name for its text."""
+    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+
+
+def build(model_type: str) -> Any | None:
+    """A tiny random model, `None` where its config takes other sizes than these."""
+    torch.manual_seed(0)
+    try:
+        known = AutoConfig.for_model(model_type)
+        config = AutoConfig.for_model(
+            model_type, **{name: size for name, size in SMALL.items() if hasattr(known, name)}
+        )
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval() if size <= LARGEST else None
+    except Exception:  # whatever a config's own code raises for sizes that do not go together
+        return None
+
+
+def said(command: str) -> str:
+    """`yes`, the sentence of a refusal, or `TRACEBACK` and its last line."""
+    out, error = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+            main(command.split())
+    except SystemExit as end:
+        if end.code == 2:
+            return error.getvalue().strip().splitlines()[-1].removeprefix("longlora: ")
+        return "yes" if not end.code else f"TRACEBACK exit {end.code}"
+    except BaseException:
+        return f"TRACEBACK {traceback.format_exc().splitlines()[-1]}"
+    return "yes"
+
+
+def commands_of(model: Any, folder: Path, only: tuple[str, ...] = tuple(COMMANDS)) -> dict[str, str]:
+    """What each command says to `model`, saved into `folder`."""
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    turns = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so."}]
+    (folder / "pairs.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    places = {"base": folder / "base", "text": folder / "text.txt", "pairs": folder / "pairs.jsonl"}
+    answers = {}
+    for name in only:
+        answers[name] = said(COMMANDS[name].format(run=folder / "run", **places))
+    if answers.get("extend", "yes") != "yes":
+        answers.pop("merge", None)  # it had no run
+    return answers
+
+
+def sweep(names: list[str]) -> Iterator[tuple[str, dict[str, str] | None]]:
+    """`(family, answers)`, `None` for one that could not be built tiny."""
+    for name in names:
+        model = build(name)
+        with tempfile.TemporaryDirectory() as folder:
+            yield name, commands_of(model, Path(folder)) if model is not None else None
+
+
+def table(rows: dict[str, dict[str, str] | None], versions: str) -> str:
+    """docs/models.md."""
+    notes: list[str] = []
+
+    def cell(answer: str | None) -> str:
+        if answer is None or answer == "yes":
+            return "–" if answer is None else "yes"
+        sentence = re.sub(r"[^\s']*/tmp\w*/base", "MODEL", answer)
+        if sentence not in notes:
+            notes.append(sentence)
+        return f"no [{notes.index(sentence) + 1}]"
+
+    lines = [f"| family | {' | '.join(COMMANDS)} |", f"|---{'|---' * len(COMMANDS)}|"]
+    for name, answers in rows.items():
+        if answers is not None:
+            lines.append(f"| {name} | {' | '.join(cell(answers.get(column)) for column in COMMANDS)} |")
+    unbuilt = ", ".join(name for name, answers in rows.items() if answers is None)
+    left = ", ".join(name for name in families() if name not in rows)
+    return "\n".join(
+        [
+            "# Models",
+            "",
+            f"Written by `python tests/families.py` ({versions}): tiny random models of the decoder families that",
+            "transformers' own table names, and what each command does with them. A `no` is a sentence and exit status",
+            "2; `–` was not tried, because the run it needs was refused.",
+            "",
+            *lines,
+            "",
+            *(f"{number}. {note}" for number, note in enumerate(notes, start=1)),
+            "",
+            f"Not tried, because their configs take other sizes: {unbuilt or 'none'}.",
+            "",
+            f"Not reached when this was written: {left or 'none'}.",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    import transformers
+
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
+    found: dict[str, dict[str, str] | None] = {}
+    for family, answers in sweep([*sys.argv[1:], *(name for name in families() if name not in sys.argv)]):
+        found[family] = answers
+        print(family, json.dumps(answers), file=sys.stderr, flush=True)
+        Path("docs/models.md").write_text(table(found, versions), encoding="utf-8")
