@@ -315,6 +315,7 @@ def test_files_that_cannot_be_read(base: Path, tmp_path: Path) -> None:
 def test_weights_are_never_unpickled(base: Path, run: Path, tmp_path: Path) -> None:
     weights = base / "model.safetensors"
     torch.save(load_file(weights), base / "pytorch_model.bin")
+    torch.save(load_file(weights), tmp_path / "kept.bin")
     weights.unlink()
     with pytest.raises(UserError, match=r"pickles only \(pytorch_model.bin\).*save_pretrained"):
         load(base)
@@ -322,6 +323,7 @@ def test_weights_are_never_unpickled(base: Path, run: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"no weights: it needs model.safetensors"):
         load(base)
     (run / "adapter").rename(tmp_path / "adapter")
+    save_file(torch.load(tmp_path / "kept.bin"), weights, {"format": "pt"})
     torch.save({"weight": Path("/")}, tmp_path / "adapter" / "adapter_model.bin")  # more than tensors
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"more than tensors in its adapter_model.bin"):

@@ -27,7 +27,7 @@ OLD_WEIGHTS, TRAINED_PARTS = "adapter_model.bin", "trainable_params.bin"
 """An adapter as the original LongLoRA released it: pickles, read as tensors alone (`weights_only`)."""
 
 _READ = (ADAPTER_WEIGHTS, OLD_WEIGHTS, TRAINED_PARTS)
-_OF_TRAINING = ("optimizer.", "scheduler.", "scaler.", "training_args.", "rng_state")
+_OF_TRAINING = ("optimizer.", "scheduler.", "scaler.", "training_args.", "rng_state", "random-")
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".safetensors")
 
 
