@@ -18,7 +18,7 @@ def keeps_documents_apart(model: nn.Module) -> bool:
     their state on where positions begin again. Two rows of two documents differ in the first one alone.
     """
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    device, rows = base.get_input_embeddings().weight.device, base.config.get_text_config().vocab_size
+    device, rows = base.device, base.config.get_text_config().vocab_size
     tokens = torch.randint(rows, (3, _DOCUMENT), generator=torch.Generator().manual_seed(0))
     input_ids = torch.stack([tokens[[0, 2]].flatten(), tokens[[1, 2]].flatten()]).to(device)
     positions = torch.arange(_DOCUMENT, device=device).repeat(2, 2)

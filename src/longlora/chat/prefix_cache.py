@@ -118,7 +118,7 @@ def frequencies_change_at(model: nn.Module) -> int | None:
     the frequencies are the same at all lengths.
     """
     changes = []
-    for rotary in cast(list[Any], [module for module in unwrapped(model).modules() if hasattr(module, "rope_type")]):
+    for rotary in _rotaries(model):
         kinds = rotary.rope_type if isinstance(rotary.rope_type, dict) else {None: rotary.rope_type}
         for layers, kind in kinds.items():
             rope = rotary.config.rope_parameters if layers is None else rotary.config.rope_parameters[layers]
@@ -131,7 +131,7 @@ def frequencies_change_at(model: nn.Module) -> int | None:
 
 def forget_lengths(model: nn.Module) -> None:
     """Dynamic NTK keeps the frequencies of the longest text so far: let the next one have those of its own length."""
-    for rotary in cast(list[Any], [module for module in unwrapped(model).modules() if hasattr(module, "rope_type")]):
+    for rotary in _rotaries(model):
         for name in [each for each in vars(rotary) if each.endswith("max_seq_len_cached")]:
             setattr(rotary, name, rotary.original_max_seq_len)
 
@@ -146,3 +146,7 @@ def common_prefix(one: list[int], other: list[int]) -> int:
         if left != right:
             return at
     return min(len(one), len(other))
+
+
+def _rotaries(model: nn.Module) -> list[Any]:
+    return [module for module in unwrapped(model).modules() if hasattr(module, "rope_type")]

@@ -57,7 +57,7 @@ def answers(
     name = served_model(url)
 
     def ask(index: int) -> list[int]:
-        question = {
+        question: dict[str, Any] = {
             "model": name,
             "prompt": [int(token) for token in prompts[index]],
             "max_tokens": max_new_tokens,

@@ -215,7 +215,7 @@ def _config(source: ModelSource, trust_remote_code: bool) -> PreTrainedConfig:
     if "text_config" in config.sub_configs and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         # Qwen3.5's checkpoints hold a vision tower too, and AutoModelForCausalLM loads the text model alone
         text = config.get_text_config(decoder=True)
-        if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].config_class is type(text):
+        if getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "config_class", None) is type(text):
             text.dtype = text.dtype or config.dtype
             return text
     return config
@@ -415,8 +415,8 @@ def _put_in_trained_parts(base: PreTrainedModel, source: ModelSource, trainable:
     for name, tensor in trained.items():
         place = own.get(name.removeprefix("base_model.model."))
         # a padding token that the original added for its training has a row of its own, which no text reaches
-        fits = place is not None and place.shape[1:] == tensor.shape[1:] and len(place) <= len(tensor)
-        if not fits or (len(place) < len(tensor) and place.ndim == 1):
+        more = 0 if place is None else len(tensor) - len(place)
+        if place is None or place.shape[1:] != tensor.shape[1:] or more < 0 or (more and place.ndim == 1):
             raise UserError(
                 f"'{file}' does not fit the base '{source.base}': {name} is {tuple(tensor.shape)} there and "
                 f"{'nowhere' if place is None else tuple(place.shape)} in the base."

@@ -86,8 +86,8 @@ def merge(
             trust_remote_code=trust_remote_code,
             merge=not keep_lora,
         )
-        if keep_lora:
-            plain, *lora = _lora_apart(plain, model)
+        apart = _lora_apart(plain, model) if keep_lora else None
+        plain = apart[0] if apart else plain
         assert isinstance(plain, PreTrainedModel)
         context = window(plain.config)
         tokenizer.model_max_length = context or tokenizer.model_max_length
@@ -103,8 +103,8 @@ def merge(
             plain.save_pretrained(folder)
         generation.to_json_file(folder / "generation_config.json")
         tokenizer.save_pretrained(folder)
-        if keep_lora:
-            _write_lora(folder, output, *lora)
+        if apart:
+            _write_lora(folder, output, *apart[1:])
         head = plain.get_output_embeddings()
         summary = {
             "model": str(model),
@@ -124,18 +124,18 @@ def merge(
 
 def _lora_apart(model: Any, name: str) -> tuple[PreTrainedModel, LoraConfig, dict[str, Tensor]]:
     """The plain model with retrained norms and embeddings in it, and the LoRA of its linear layers."""
-    config = model.peft_config["default"] if isinstance(model, PeftModel) else None
-    weights = {} if config is None else get_peft_model_state_dict(model, save_embedding_layers=False)
+    adapted = isinstance(model, PeftModel)
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False) if adapted else {}
     lora = {key: tensor for key, tensor in weights.items() if key.endswith((".lora_A.weight", ".lora_B.weight"))}
     if not lora:
         raise UserError(f"--keep-lora: '{name}' trained no LoRA that could be kept: leave it out.")
+    config: LoraConfig = copy.deepcopy(model.peft_config["default"])
     others = [key for key in weights if ".lora_" in key and key not in lora]
     if others or config.bias != "none":
         raise UserError(
             f"--keep-lora: the adapter of '{name}' is more than LoRA of linear layers ({(others or ['bias'])[0]}), "
             "which servers do not take: leave it out."
         )
-    config = copy.deepcopy(config)
     config.modules_to_save, config.ensure_weight_tying, config.inference_mode = None, False, True
     return model.unload(), config, lora
 
