@@ -11,11 +11,13 @@ import pytest
 class LlamaCpp:
     """A running model."""
 
-    def __init__(self, gguf: Path, context: int) -> None:
+    def __init__(self, gguf: Path, context: int, lora: Path | None = None) -> None:
         xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp (xllamacpp, the extra check) is not installed")
         parameters = xllamacpp.CommonParams()
         parameters.model.path, parameters.n_ctx, parameters.n_parallel = str(gguf), context, 1
         parameters.warmup, parameters.cpuparams.n_threads, parameters.n_gpu_layers = False, 1, 0
+        if lora is not None:
+            parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora))]
         self._server = xllamacpp.Server(parameters)
 
     def _completed(self, prompt: Any, **options: Any) -> dict[str, Any]:

@@ -13,15 +13,17 @@ import torch
 import transformers
 from llama_cpp import LlamaCpp
 from packaging import version
-from tiny_runs import make_run, save_base
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_runs import disturb, make_run, save_base
 
 import longlora.model.gguf_positions as gguf_positions
 from longlora.cli import main
 from longlora.errors import UserError
 from longlora.model.exporting import command
 from longlora.model.exporting.vocabulary import SPLITS, vocabulary
-from longlora.model.loading import load, load_config
+from longlora.model.loading import load, load_config, load_tokenizer
 from longlora.model.positions import extend_positions
+from longlora.model.saving import save_adapter
 
 WINDOW, CONTEXT = 64, 256
 
@@ -451,3 +453,88 @@ def test_llama_cpp_says_the_same_text(tmp_path):
     with torch.no_grad():
         ours = model.generate(torch.tensor([tokens]), max_new_tokens=40, do_sample=False)[0, len(tokens) :]
     assert said == tokenizer.decode(ours)
+
+
+def kept_lora(tmp_path, model, words):
+    """A run of LoRA, norms and embeddings, of which `merge --keep-lora` leaves a base and its LoRA."""
+    from safetensors.torch import load_file, save_file
+
+    make_run(tmp_path / "run", save_base(tmp_path / "first", model, words), words, rank=3)
+    main(["merge", str(tmp_path / "run"), "--output", str(tmp_path / "base"), "--keep-lora"])
+    file = tmp_path / "base" / "adapter" / "adapter_model.safetensors"
+    larger = {name: weight * (4 if "lora_B" in name else 1) for name, weight in load_file(file).items()}
+    save_file(larger, file, {"format": "pt"})
+    return file.parent
+
+
+def stock_lora(tmp_path, model, words):
+    """PEFT's own, of every linear layer, with a rank and a scaling of their own in some."""
+    save_base(tmp_path / "base", model, words)
+    model.name_or_path = str(tmp_path / "base")
+    patterns = {"rank_pattern": {"q_proj": 2, "down_proj": 8}, "alpha_pattern": {"o_proj": 4, "k_proj": 16}}
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", use_rslora=True, **patterns)
+    adapted = get_peft_model(model, config)
+    disturb(adapted)
+    save_adapter(adapted, tmp_path / "adapter", words)
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tied", "make"),
+    [("llama", True, kept_lora), ("llama", False, stock_lora), ("qwen2", False, stock_lora)],
+)
+def test_llama_cpp_says_the_same_with_the_lora_apart(architecture, tied, make, tmp_path, tiny_model):
+    """What stock transformers and PEFT say with base and adapter, and not what the base says by itself."""
+    from transformers import AutoModelForCausalLM
+
+    words = load_tokenizer("demo")
+    adapter = make(tmp_path, tiny_model(architecture, vocab_size=len(words), tie_word_embeddings=tied), words)
+    export(tmp_path / "base", tmp_path / "base.gguf")
+    main(["export", str(adapter), "--gguf", str(tmp_path / "lora.gguf"), "--lora"])
+    prompt = words("def area(width, height):\n    return")["input_ids"]
+
+    def ours(model):
+        with torch.no_grad():
+            said = model.eval().generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :]
+        return words.decode(said)
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    alone = ours(base)
+    both = ours(PeftModel.from_pretrained(base, str(adapter)))
+    assert both != alone, "a LoRA too small to test anything"
+    assert LlamaCpp(tmp_path / "base.gguf", 64).said(prompt, 12) == alone
+    assert LlamaCpp(tmp_path / "base.gguf", 64, tmp_path / "lora.gguf").said(prompt, 12) == both
+
+
+def test_a_lora_that_llama_cpp_would_put_on_another_model_is_refused(tmp_path, tiny_model, tokenizer, capsys):
+    def refused(model):
+        return failing(["export", str(model), "--gguf", str(tmp_path / "lora.gguf"), "--lora"], capsys)
+
+    tied = tiny_model("llama", vocab_size=len(tokenizer), tie_word_embeddings=True)
+    base = save_base(tmp_path / "base", tied, tokenizer)
+    assert "is no adapter: leave --lora out" in refused(base)
+    make_run(tmp_path / "stretched", base, tokenizer, train=("norm",))
+    sentence = refused(tmp_path / "stretched")
+    assert f"has positions of its own, not those of '{base}'" in sentence
+    assert "longlora merge RUN --output DIR --keep-lora" in sentence
+
+    for name, sentence, options in (
+        (
+            "norm",
+            "is more than LoRA of linear layers (base_model.model.model.",
+            {"modules_to_save": ["norm"]},
+        ),
+        ("variant", "is a variant of LoRA", {"alora_invocation_tokens": [1, 2]}),
+        ("dora", "is a variant of LoRA", {"use_dora": True}),
+        ("bias", "is more than LoRA of linear layers (base_model.model.model.", {"lora_bias": True}),
+        ("initial", "changes its base's weights (init_lora_weights pissa)", {"init_lora_weights": "pissa"}),
+        ("head", "has LoRA of lm_head, for which llama.cpp has no place", {"target_modules": ["q_proj", "lm_head"]}),
+    ):
+        model = load(base)[0]
+        config = LoraConfig(task_type="CAUSAL_LM", **({"target_modules": ["q_proj"]} | options))
+        save_adapter(get_peft_model(model, config), tmp_path / name, tokenizer)
+        assert sentence in refused(tmp_path / name), name
+    torch.save({}, tmp_path / "norm" / "trainable_params.bin")
+    assert "has norms and embeddings beside it (trainable_params.bin)" in refused(tmp_path / "norm")
+    assert not list(tmp_path.glob("*.gguf*"))
+    assert not list(tmp_path.glob(".*"))

@@ -126,6 +126,9 @@ class ExportSettings(CommandSettings):
     type: Annotated[str, choice(EXPORT_TYPES)] = "auto"
     """Numbers of the matrices in the file; `auto` keeps the model's own. Norms are always f32."""
 
+    lora: bool = False
+    """Write MODEL's LoRA alone, for llama.cpp to put on its base's GGUF; `auto` is then f32."""
+
     loading: LoadSettings = LoadSettings()
 
     def __post_init__(self) -> None:

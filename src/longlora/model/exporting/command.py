@@ -1,4 +1,4 @@
-"""`longlora export`: MODEL, its adapter merged, as one GGUF file with the extended positions."""
+"""`longlora export`: MODEL, its adapter merged, as one GGUF file with the extended positions; or the adapter alone."""
 
 import errno
 import os
@@ -12,6 +12,7 @@ from gguf import MODEL_ARCH_NAMES, GGUFWriter
 from transformers import PreTrainedModel
 
 from longlora.errors import UserError
+from longlora.model.exporting.lora import write_lora
 from longlora.model.exporting.vocabulary import vocabulary
 from longlora.model.exporting.weights import add_shape, layout_of, type_name, write_tensors
 from longlora.model.gguf_positions import FREQUENCIES, OWN_KEY, gguf_positions
@@ -26,20 +27,31 @@ def export(settings: ExportSettings) -> dict[str, Any]:
 
     Returns:
         `{"model", "gguf", "architecture", "type", "tokenizer": {"model", "pre"}, "parameters", "context",
-        "rope_parameters", "bytes", "seconds"}`, sizes in weights, tokens and bytes.
+        "rope_parameters", "bytes", "seconds"}`, sizes in weights, tokens and bytes; with `lora` what `write_lora`
+        returns, and `gguf`, `bytes` and `seconds`.
 
     Raises:
         UserError: MODEL cannot be loaded, is of an architecture or has positions or a tokenizer that cannot be
             exported, or the file is there already or cannot be written.
     """
     began = time.monotonic()
+    target = Path(settings.gguf).expanduser()
+    if settings.lora:
+        with _whole_file(target) as path:
+            summary = write_lora(settings, path)
+        summary |= {"gguf": str(target), "bytes": target.stat().st_size, "seconds": time.monotonic() - began}
+        if not settings.json:
+            print(
+                f"{target}: LoRA of {summary['parameters']:,} parameters in {summary['type']}\n"
+                f"run   llama-cli -m BASE.gguf --lora {target}, of `longlora export {summary['base']} --gguf BASE.gguf`"
+            )
+        return summary
     loading = settings.loading
     config = load_config(settings.model, trust_remote_code=loading.trust_remote_code, revision=loading.revision)
     layout = layout_of(config)
     architecture = MODEL_ARCH_NAMES[layout.architecture]
     positions = gguf_positions(config, architecture, layout.takes_frequencies)
     context = present_context(config)
-    target = Path(settings.gguf).expanduser()
     with _whole_file(target) as path:
         model, tokenizer = load(
             settings.model, trust_remote_code=loading.trust_remote_code, revision=loading.revision, merge=True

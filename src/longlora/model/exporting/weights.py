@@ -120,6 +120,18 @@ def write_tensors(
         if gguf_name is None:
             raise UserError(f"llama.cpp has no place for the model's {name}: it cannot be exported.")
         weights.append((name, gguf_name, tensor))
+    yield from write_weights(writer, weights, layout, model.config, type_name, more)
+
+
+def write_weights(
+    writer: GGUFWriter,
+    weights: list[tuple[str, str, Tensor]],
+    layout: Layout,
+    config: PreTrainedConfig,
+    type_name: str,
+    more: dict[str, np.ndarray],
+) -> Iterator[int]:
+    """`write_tensors` of (name, llama.cpp's name, tensor); rows are ordered as those of the weight that `name` is."""
     kinds = [_type_of(tensor, type_name) for _, _, tensor in weights]
     for (_, gguf_name, tensor), kind in zip(weights, kinds, strict=True):
         block, size = GGML_QUANT_SIZES[kind]
@@ -132,7 +144,7 @@ def write_tensors(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for number, ((name, _, tensor), kind) in enumerate(zip(weights, kinds, strict=True), start=1):
-        array = _laid_out(name, tensor.float(), layout, model.config).cpu().numpy()
+        array = _laid_out(name, tensor.float(), layout, config).cpu().numpy()
         writer.write_tensor_data(quants.quantize(array, kind))
         yield number
     for array in more.values():
