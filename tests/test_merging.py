@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_runs import FACTOR, logits, make_run, save_base, seen_by_stock_libraries
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -248,6 +248,23 @@ def test_the_kept_lora_is_what_servers_take(tiny_model: Any, tokenizer: Any, tmp
         assert weight.shape == ((3, width) if found[2] == "A" else (width, 3))
     size = sum(path.stat().st_size for path in adapter.iterdir())
     assert size < 200_000, "small: no copy of the embeddings"
+
+
+def test_a_kept_lora_that_began_inside_the_base(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """PiSSA (arXiv 2404.02948) takes the LoRA's start out of the base; loading must not take it out a second time."""
+    base = save_base(tmp_path / "base", tiny_model("llama", vocab_size=257), tokenizer)
+    config = LoraConfig(r=3, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa")
+    trained = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        for name, weight in trained.named_parameters():
+            if "lora_B" in name:
+                weight.add_(0.1 * torch.randn_like(weight))
+    longlora.save_adapter(trained, tmp_path / "adapter", tokenizer)
+    merge(str(tmp_path / "adapter"), tmp_path / "folder", keep_lora=True)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+    both = PeftModel.from_pretrained(stock, str(tmp_path / "folder" / "adapter"))
+    expected = logits(trained.eval())
+    assert (logits(both) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_a_folder_with_a_kept_lora_may_move(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-import requests
+import httpx
 
 from longlora.errors import UserError
 from longlora.progress import Progress
@@ -28,10 +28,10 @@ def served_model(url: str) -> str:
         UserError: there is no such server.
     """
     try:
-        answer = requests.get(f"{url.rstrip('/')}/models", timeout=30)
+        answer = httpx.get(f"{url.rstrip('/')}/models", timeout=30)
         answer.raise_for_status()
         return str(answer.json()["data"][0]["id"])
-    except (requests.RequestException, ValueError, LookupError, TypeError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
         raise UserError(
             f"--server {url} does not answer as an OpenAI-compatible server does ({type(error).__name__}): give its "
             "base address, such as http://localhost:8000/v1."
@@ -64,10 +64,10 @@ def answers(
             "temperature": 0,
         }
         try:
-            answer = requests.post(f"{url.rstrip('/')}/completions", json=question, timeout=SECONDS)
+            answer = httpx.post(f"{url.rstrip('/')}/completions", json=question, timeout=SECONDS)
             answer.raise_for_status()
             text = answer.json()["choices"][0]["text"]
-        except (requests.RequestException, ValueError, LookupError, TypeError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
             said = getattr(getattr(error, "response", None), "text", "") or str(error)
             raise UserError(
                 f"--server {url} did not answer a prompt of {len(prompts[index]):,} tokens: {said:.200}"

@@ -137,6 +137,8 @@ def _lora_apart(model: Any, name: str) -> tuple[PreTrainedModel, LoraConfig, dic
             "which servers do not take: leave it out."
         )
     config.modules_to_save, config.ensure_weight_tying, config.inference_mode = None, False, True
+    # PiSSA and its like take their start out of the base when they are loaded, and it is out of this base already
+    config.init_lora_weights = True
     return model.unload(), config, lora
 
 
