@@ -263,13 +263,13 @@ CHAT = (
 
 @pytest.fixture
 def asked_of(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
-    """A saved byte-level model of window 1500 whose answers are what a rule says; and the prompts it was given."""
+    """A saved byte-level model of window 5000 whose answers are what a rule says; and the prompts it was given."""
     prompts = []
 
     def prepare(answer, chat):
         tokenizer = tiny_tokenizer()
         tokenizer.chat_template = CHAT if chat else None
-        model = tiny_model("llama", vocab_size=257, max_position_embeddings=1500)
+        model = tiny_model("llama", vocab_size=257, max_position_embeddings=5000)
         folder = save_base(tmp_path / "base", model, tokenizer)
 
         def generate_each(_model, rows, max_new_tokens, *, stop, **_options):
@@ -354,7 +354,7 @@ def test_topics_of_new_cases_and_those_that_do_not_fit(asked_of, tmp_path, caplo
         if fits:
             found = evaluate_topics(TopicsSettings(**asked, max_context=limit))
             assert [result["trials"] for result in found["results"]] == [4, 4]
-            assert "beyond the model's window of 1500" in caplog.text
+            assert "beyond the model's window of 5000" in caplog.text
         else:
             with pytest.raises(UserError, match="no prompt of topics fits"):
                 evaluate_topics(TopicsSettings(**asked | {"topics": (3,)}, max_context=limit))
