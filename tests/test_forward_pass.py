@@ -145,6 +145,11 @@ def test_the_config_says_which_groups_and_pattern():
             build("Llama", attn_implementation="s2_attn", s2_attn=told)(**inputs, use_cache=False)
 
 
+def same(one, other):
+    """Equal to the bit; stock attention makes NaN of padding before a row's first token."""
+    return torch.equal(one.isnan(), other.isnan()) and torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
 def test_transformers_own_call_has_the_last_word():
     inputs = padded_batch()
     model = build("Llama", attn_implementation="eager")
@@ -152,10 +157,10 @@ def test_transformers_own_call_has_the_last_word():
     shifted = use_shifted_attention(model, 8)(**inputs, use_cache=False).logits
     model.set_attn_implementation("eager")
     for training in (True, False, True):
-        assert torch.equal(model.train(training)(**inputs, use_cache=False).logits, eager)
+        assert same(model.train(training)(**inputs, use_cache=False).logits, eager)
     model.set_attn_implementation("s2_attn")
-    assert torch.equal(model(**inputs, use_cache=False).logits, shifted)
-    assert torch.equal(model.eval()(**inputs, use_cache=False).logits, eager)
+    assert same(model(**inputs, use_cache=False).logits, shifted)
+    assert same(model.eval()(**inputs, use_cache=False).logits, eager)
     plain = build("Llama", max_position_embeddings=32)
     plain.set_attn_implementation("s2_attn")  # without use_shifted_attention
     assert torch.equal(plain(**inputs, use_cache=False).logits, shifted)

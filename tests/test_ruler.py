@@ -146,7 +146,7 @@ def test_which_tasks_run_without_a_network(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def cell(context: int, task: str, accuracy: float | None) -> dict[str, Any]:
-    return {"context": context, "task": task, "accuracy": accuracy}
+    return {"context": context, "task": task, "accuracy": accuracy, "trials": 20}
 
 
 def test_averages_are_over_the_tasks_that_ran_at_every_context() -> None:
@@ -154,7 +154,8 @@ def test_averages_are_over_the_tasks_that_ran_at_every_context() -> None:
     results += [cell(1024, "c", 0.1), cell(512, "d", None), cell(1024, "d", 1.0)]
     common, means = averages(results)
     assert common == ["a", "c"]
-    assert means == [{"context": 512, "accuracy": 0.9}, {"context": 1024, "accuracy": 0.3}]
+    assert [(mean["context"], mean["accuracy"]) for mean in means] == [(512, 0.9), (1024, 0.3)]
+    assert all(mean["low"] < mean["accuracy"] < mean["high"] for mean in means)
     assert averages([cell(512, "a", None)]) == ([], [])
 
 
@@ -221,7 +222,7 @@ def test_the_command(places: Path, bytes_tokenizer: Any, monkeypatch: pytest.Mon
     }
     assert results[1024, "niah_single_1"]["accuracy"] == 0.0
     assert all(
-        set(row) == {"context", "task", "accuracy", "trials", "skipped", "tokens", "seconds"}
+        set(row) == {"context", "task", "accuracy", "low", "high", "trials", "skipped", "tokens", "seconds"}
         for row in results.values()
     )
     assert {(row["trials"], row["skipped"]) for row in results.values()} == {(2, 0)}

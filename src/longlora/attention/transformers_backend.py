@@ -20,7 +20,7 @@ from longlora.attention.patterns import FIRST_DRAW, PLAIN, Draw, warn_of_leak
 from longlora.attention.state import ForwardPass, LayerCall, ShiftedAttentionState, layer_attention
 from longlora.errors import UserError, check_choice
 from longlora.model.pieces import piece_at_work
-from longlora.model.positions import present_context
+from longlora.model.positions import window
 from longlora.settings import PATTERNS, PatternOptions
 
 IMPLEMENTATION = "s2_attn"
@@ -167,7 +167,8 @@ def _group_and_pattern(config: PreTrainedConfig, group_size: int | None, pattern
     pattern = pattern or told.get("pattern", "shift")
     check_choice("pattern", pattern, PATTERNS)
     size = group_size if group_size is not None else told.get("group_size")
-    size = size if size is not None else max(2, present_context(config) // 4)
+    if size is None and (context := window(config)) is not None:
+        size = max(2, context // 4)
     if not isinstance(size, int) or size < 2:
         raise UserError(f"group_size is {size}: it must be a whole number of at least 2 tokens.")
     return size, pattern

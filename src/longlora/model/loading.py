@@ -37,7 +37,7 @@ from transformers.utils import logging as hf_logging
 from longlora.errors import UserError, check_choice
 from longlora.model.adapters import merge_adapters
 from longlora.model.gguf_positions import read_positions
-from longlora.model.positions import present_context
+from longlora.model.positions import window as window
 from longlora.model.precision import keep_trainable_in_float32
 from longlora.model.source import OLD_WEIGHTS, TRAINED_PARTS, ModelSource, base_of, first_line, locate, resolve
 from longlora.settings import DTYPES
@@ -121,14 +121,6 @@ def _set_attention(network: PreTrainedModel | PeftModel, implementation: str) ->
         cast(PreTrainedModel, plain).set_attn_implementation(implementation)
     except (ValueError, ImportError) as error:
         raise UserError(f"attn_implementation '{implementation}' cannot be used: {first_line(error)}") from error
-
-
-def window(config: PreTrainedConfig) -> int | None:
-    """The window in tokens that `config` declares, rotary or not (GPT-2's positions are learned); `None` if unknown."""
-    try:
-        return present_context(config)
-    except UserError:
-        return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_config(model: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:

@@ -260,3 +260,11 @@ def _rescale_latent_attention(model: nn.Module, config: PreTrainedConfig) -> Non
         apply_mscale = getattr(sys.modules.get(type(module).__module__), "yarn_apply_mscale", None)
         if apply_mscale is not None and hasattr(module, "scaling") and hasattr(module, "qk_head_dim"):
             module.scaling = apply_mscale(global_rope(config), cast(int, module.qk_head_dim) ** -0.5)
+
+
+def window(config: PreTrainedConfig) -> int | None:
+    """The window in tokens that `config` declares, rotary or not (GPT-2's positions are learned); `None` if unknown."""
+    try:
+        return present_context(config)
+    except UserError:
+        return getattr(config.get_text_config(), "max_position_embeddings", None)
