@@ -222,7 +222,7 @@ def test_the_command(places: Path, bytes_tokenizer: Any, monkeypatch: pytest.Mon
     }
     assert results[1024, "niah_single_1"]["accuracy"] == 0.0
     assert all(
-        set(row) == {"context", "task", "accuracy", "low", "high", "trials", "skipped", "tokens", "seconds"}
+        set(row) == {"context", "task", "accuracy", "low", "high", "trials", "scores", "skipped", "tokens", "seconds"}
         for row in results.values()
     )
     assert {(row["trials"], row["skipped"]) for row in results.values()} == {(2, 0)}
