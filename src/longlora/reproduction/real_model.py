@@ -240,9 +240,7 @@ def _study(settings: ReproduceSettings) -> Study:
         raise UserError("--evaluation-data is missing: name documents to measure on that are not in --data.")
     folder = Path(settings.output or "runs/real-model")
     base = base_settings(settings, context)
-    if (
-        choose_device("auto").type == "cpu"
-    ):  # most CPUs have no arithmetic of bfloat16: ten times as slow, and less exact
+    if choose_device("auto").type == "cpu":  # most CPUs have no arithmetic of bfloat16
         base = replace(base, training=replace(base.training, dtype="float32"))
     return Study(settings, window, base, folder, known)
 
