@@ -174,7 +174,12 @@ def speaks() -> bool:
     try:
         from torch.distributed.distributed_c10d import _get_default_store
 
-        return _get_default_store().add("longlora/ended", 1) == 1
+        store = _get_default_store()
+        first = store.add("longlora/ended", 1) == 1
+        until = time.monotonic() + _SECONDS_TO_DIE
+        while rank() == 0 and store.add("longlora/ended", 0) < world_size() and time.monotonic() < until:
+            time.sleep(0.05)  # the store ends with this process, and the others have yet to ask
+        return first
     except Exception:  # the process that kept the store is gone
         return True
 
