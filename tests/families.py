@@ -1,12 +1,13 @@
 """Every decoder family that the installed transformers can build tiny, and what each command makes of it.
 
 Nothing here lists families: they are what transformers' own table has. `python tests/families.py` tries them all and
-writes docs/models.md, family by family, so that it may be stopped; named families are tried first.
+writes docs/models.md; stopped, it goes on where it was. Named families are tried anew.
 """
 
 import contextlib
 import io
 import json
+import multiprocessing
 import re
 import sys
 import tempfile
@@ -143,12 +144,27 @@ def commands_of(model: Any, folder: Path, only: tuple[str, ...] = tuple(COMMANDS
     return answers
 
 
-def sweep(names: list[str]) -> Iterator[tuple[str, dict[str, str] | None]]:
-    """`(family, answers)`, `None` for one that could not be built tiny."""
+def sweep(names: list[str], seconds: int) -> Iterator[tuple[str, dict[str, str] | None]]:
+    """`(family, answers)`, `None` for one that could not be built tiny; each in a process that has `seconds`."""
+    forked = multiprocessing.get_context("fork")  # with transformers imported: a fresh process takes ten seconds
     for name in names:
+        mine, its = forked.Pipe(duplex=False)
+        child = forked.Process(target=one_family, args=(name, its))
+        child.start()
+        its.close()
+        try:
+            late = dict.fromkeys(COMMANDS, f"TRACEBACK not done after {seconds} s")
+            yield name, mine.recv() if mine.poll(seconds) else late
+        except EOFError:
+            yield name, dict.fromkeys(COMMANDS, "TRACEBACK its process was killed")
+        child.kill()
+        child.join()
+
+
+def one_family(name: str, answers: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
         model = build(name)
-        with tempfile.TemporaryDirectory() as folder:
-            yield name, commands_of(model, Path(folder)) if model is not None else None
+        answers.send(commands_of(model, Path(folder)) if model is not None else None)
 
 
 def table(rows: dict[str, dict[str, str] | None], versions: str) -> str:
@@ -193,8 +209,13 @@ if __name__ == "__main__":
     import transformers
 
     versions = f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
-    found: dict[str, dict[str, str] | None] = {}
-    for family, answers in sweep([*sys.argv[1:], *(name for name in families() if name not in sys.argv)]):
+    done = Path("build/families.jsonl")  # so that it may be stopped and go on
+    done.parent.mkdir(exist_ok=True)
+    lines = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
+    found: dict[str, dict[str, str] | None] = dict(lines)
+    for family, answers in sweep(sys.argv[1:] or [name for name in families() if name not in found], seconds=300):
         found[family] = answers
+        with done.open("a") as rows:
+            rows.write(json.dumps([family, answers]) + "\n")
         print(family, json.dumps(answers), file=sys.stderr, flush=True)
-        Path("docs/models.md").write_text(table(found, versions), encoding="utf-8")
+    Path("docs/models.md").write_text(table(dict(sorted(found.items())), versions), encoding="utf-8")

@@ -7,6 +7,8 @@ import random
 import zipfile
 from collections.abc import Iterator
 
+import zstandard
+
 MEGABYTE = 1_000_000
 
 CONTAINER = (
@@ -70,15 +72,15 @@ def hostile_files() -> Iterator[tuple[str, bytes]]:
         "word": "a", "abstract": "\n1 Abstract", "references": "References 1\n", "special": "<|endoftext|>",
     }  # fmt: skip
     for name, text in texts.items():
-        yield f"{name}.txt", _repeated(text, MEGABYTE // 4)
+        yield f"{name}.txt", _repeated(text, MEGABYTE // 8)
     pages = {
         "divs": "<div>", "pre": "<pre>" + " " * 40_000, "bold blanks": "<b> </b>", "items": "<li>", "rows": "<tr><td>",
         "lists": "<ul><li>", "forms": "<form><p>a", "tables": "<table>", "breaks": "<br>", "entities": "&amp;",
         "comments": "<!--", "attributes": "<p " + "a=1 " * 50, "math": "<math><mi>x", "open tags": "<",
     }  # fmt: skip
     for name, page in pages.items():
-        yield f"{name}.html", _repeated(page)
-    yield "bomb.epub", _epub(b"<p>x</p>" * 40 * MEGABYTE, pages=1)[:MEGABYTE]
+        yield f"{name}.html", _repeated(page, MEGABYTE if name in ("pre", "open tags", "attributes") else MEGABYTE // 8)
+    yield "bomb.epub", _epub(b"<p>x</p>" * 9 * MEGABYTE)
     yield "many pages.epub", _epub(b"<p>" + b"x" * MEGABYTE, pages=150)
     yield "index bomb.epub", _epub(b"", package=b"<package>" + b" " * 60 * MEGABYTE)
     entity = b'<!DOCTYPE p [<!ENTITY a "aaaaaaaaaa">' + b"".join(
@@ -90,6 +92,9 @@ def hostile_files() -> Iterator[tuple[str, bytes]]:
     yield "text bomb.pdf", _pdf(b"BT /F1 12 Tf (" + b"word " * 4 * MEGABYTE + b") Tj ET")
     yield "one page many times.pdf", _pdf(b"BT /F1 12 Tf 20 100 Td (words) Tj ET", pages=50_000)
     yield "text.txt.gz", gzip.compress(b"a" * 60 * MEGABYTE)
+    yield "window.txt.zst", zstandard.ZstdCompressor(
+        compression_params=zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+    ).compress(b"a" * 60 * MEGABYTE)
     yield "deep.json", b"[" * MEGABYTE
     yield "deep objects.json", b'{"a":' * 150_000
     yield "escapes.jsonl", json.dumps({"text": "\ud800" * 100_000}).encode()[:MEGABYTE]

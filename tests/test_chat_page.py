@@ -180,26 +180,40 @@ def test_a_browser_that_is_closed_frees_the_model(page, monkeypatch):
     assert last[0] == "done"
 
 
-def test_one_answer_at_a_time_and_the_others_know_their_place(page):
-    first = page.events({"turns": [], "question": "Who?"})
-    while next(first)[0] != "text":
-        pass
-    results = {}
+def test_one_answer_at_a_time_and_the_others_know_their_place(page, monkeypatch):
+    choose, made = Sampler.choose, []
+    may_go_on = [threading.Event() for _ in range(3)]  # beyond its first token, each answer in turn
 
-    def wait(name):
-        results[name] = page.answer({"turns": [], "question": name})
+    def held(self, logits):
+        made.append(1)
+        if len(made) % ANSWER_TOKENS == 2:
+            assert may_go_on[len(made) // ANSWER_TOKENS].wait(60)
+        return choose(self, logits)
+
+    monkeypatch.setattr(Sampler, "choose", held)
+    seen = {name: [] for name in ("first", "second", "third")}
+
+    def ask(name):
+        for event in page.events({"turns": [], "question": name}):
+            seen[name].append(event)
+
+    def queue(name):
+        return [data["ahead"] for kind, data in seen[name] if kind == "queue"]
 
     threads = []
-    for count, name in enumerate(("second", "third"), start=2):
-        threads.append(threading.Thread(target=wait, args=(name,)))
+    for name in seen:
+        threads.append(threading.Thread(target=ask, args=(name,)))
         threads[-1].start()
-        wait_until(lambda count=count: page.page.answers_under_way == count)
-    assert list(first)[-1][0] == "done"
+        wait_until(lambda name=name: seen[name])
+    wait_until(lambda: queue("third") == [2])
+    may_go_on[0].set()
+    wait_until(lambda: queue("third") == [2, 1])
+    may_go_on[1].set()
+    may_go_on[2].set()
     for thread in threads:
         thread.join(120)
-    assert [data["ahead"] for name, data in results["second"] if name == "queue"] == [1]
-    assert [data["ahead"] for name, data in results["third"] if name == "queue"] == [2, 1]
-    assert results["second"][-1][0] == results["third"][-1][0] == "done"
+    assert (queue("first"), queue("second"), queue("third")) == ([], [1], [2, 1])
+    assert {events[-1][0] for events in seen.values()} == {"done"}
 
 
 def test_a_conversation_is_exported(page):

@@ -7,7 +7,7 @@ from typing import Any
 
 from longlora.corpus.documents import Document
 from longlora.corpus.encoding import count_tokens
-from longlora.corpus.formats import Text, read_file
+from longlora.corpus.formats import MOST_TEXT_BYTES, Text, read_file
 from longlora.corpus.records import inner_name
 from longlora.errors import UserError
 from longlora.longqa.planning import material_of, title_of
@@ -73,7 +73,14 @@ class ChatDocument:
         return ChatDocument(self.name, text, chosen.tokens, self.material, self.title, number, chosen.heading)
 
 
-def read_document(path: Path, tokenizer: Any, *, material: str = "auto", name: str | None = None) -> ChatDocument:
+def read_document(
+    path: Path,
+    tokenizer: Any,
+    *,
+    material: str = "auto",
+    name: str | None = None,
+    most_bytes: int = MOST_TEXT_BYTES,
+) -> ChatDocument:
     """The document in a file.
 
     Args:
@@ -81,6 +88,7 @@ def read_document(path: Path, tokenizer: Any, *, material: str = "auto", name: s
         tokenizer: counts its tokens.
         material: `book`, `paper`, `material`, or `auto`: by its looks.
         name: what it is called, in messages too; default the file's own name.
+        most_bytes: of plain text, once it is unpacked.
 
     Raises:
         UserError: it is missing, empty, binary, encrypted, scanned, damaged, or a data set.
@@ -93,7 +101,7 @@ def read_document(path: Path, tokenizer: Any, *, material: str = "auto", name: s
     if inner_name(path).endswith(_DATA_SETS):
         raise UserError(f"'{shown}' is a data set, not a document: give a txt, md, HTML, EPUB or PDF file.")
     try:
-        with closing(read_file(path, "text")) as texts:
+        with closing(read_file(path, "text", most_bytes=most_bytes)) as texts:
             text = "\n\n".join(found.text for found in texts if isinstance(found, Text)).strip()
     except UserError as error:
         raise UserError(str(error).replace(str(path), shown)) from error

@@ -70,6 +70,7 @@ class Page:
         self.model = model
         self.documents = {secrets.token_urlsafe(16): document for document in documents}
         self._offered = list(self.documents)
+        self._upload_bytes = int(model.settings.page.upload_megabytes * 1e6)
         self._turns = Turns()
         self._stops: dict[str, threading.Event] = {}
         self._answering = ThreadPoolExecutor(1, _MODEL_THREAD)
@@ -113,7 +114,7 @@ class Page:
                 "seen": self.model.seen,
                 "attention_sinks": sinks and {"sinks": sinks.sinks, "recent": sinks.recent},
                 "prompt_format": self.model.prompts.name,
-                "upload_bytes": int(settings.page.upload_megabytes * 1e6),
+                "upload_bytes": self._upload_bytes,
                 "answer_tokens": settings.answer.answer_tokens,
                 "documents": [await self._in_reading_thread(self._described, number) for number in offered],
             }
@@ -123,7 +124,7 @@ class Page:
         name = _shown_name(request.query.get("name", ""))
         if len(self.documents) >= MOST_DOCUMENTS:
             raise UserError(f"there are {MOST_DOCUMENTS} documents here already: remove one first.")
-        limit = int(self.model.settings.page.upload_megabytes * 1e6)
+        limit = self._upload_bytes
         with tempfile.TemporaryDirectory(prefix="longlora-") as folder:
             path = Path(folder) / ("upload" + Path(name).suffix[:16].lower())
             size = 0
@@ -147,7 +148,8 @@ class Page:
         return await asyncio.get_running_loop().run_in_executor(self._reading, function, *arguments)
 
     def _read(self, path: Path, name: str) -> ChatDocument:
-        return read_document(path, self.model.tokenizer, material=self.model.settings.material, name=name)
+        material, most_bytes = self.model.settings.material, self._upload_bytes
+        return read_document(path, self.model.tokenizer, material=material, name=name, most_bytes=most_bytes)
 
     def _described(self, number: str) -> dict[str, Any]:
         """A document's length against the room it has, and where it has too little its sections."""

@@ -6,6 +6,7 @@ Every reader is lazy and yields `Text`: at most one text (one batch of `PARQUET_
 import logging
 import zlib
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,39 +60,41 @@ class UnreadableFileError(UserError):
         self.kind = kind
 
 
-def read_file(path: Path, text_field: str, encoding: str = "auto") -> Generator[Text | Malformed, None, None]:
+def read_file(
+    path: Path, text_field: str, encoding: str = "auto", most_bytes: int = MOST_TEXT_BYTES
+) -> Generator[Text | Malformed, None, None]:
     """The texts of the file at `path`, in the format its name says; an unknown ending means text.
 
-    A record that is none, or has no text in `text_field`, is `Malformed`.
+    A record that is none, or has no text in `text_field`, is `Malformed`; plain text has at most `most_bytes` unpacked.
 
     Raises:
         UnreadableFileError: it is binary, or a PDF, EPUB or HTML that is encrypted, damaged or without text.
         UserError: it cannot be opened or is damaged.
     """
     try:
-        yield from _reader(path)(path, text_field, encoding)
+        yield from _reader(path, most_bytes)(path, text_field, encoding)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"'{path}' cannot be read: {reason}. Check its permissions and that it is whole.") from error
 
 
-def _reader(path: Path) -> Callable[[Path, str, str], Iterator[Text | Malformed]]:
+def _reader(path: Path, most_bytes: int) -> Callable[[Path, str, str], Iterator[Text | Malformed]]:
     name = inner_name(path)
     if name.endswith((*LINES, ".json")):
         return _read_json
     if path.suffix.lower() == ".parquet":
         return _read_parquet
-    return _read_parsed if Path(name).suffix in PARSED else _read_text
+    return _read_parsed if Path(name).suffix in PARSED else partial(_read_text, most_bytes=most_bytes)
 
 
-def _read_text(path: Path, text_field: str, encoding: str) -> Iterator[Text]:
+def _read_text(path: Path, text_field: str, encoding: str, most_bytes: int) -> Iterator[Text]:
     with opened(path) as (stream, _):
         content = stream.read(_SNIFFED_BYTES)
         if b"\0" in content and encoding == "auto" and not content.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise UnreadableFileError("binary or in no known encoding", f"'{path}' is a binary file: give {_KNOWN}.")
-        content += stream.read(MOST_TEXT_BYTES)
-    if len(content) > MOST_TEXT_BYTES:
-        raise UnreadableFileError("too large", f"'{path}' has more than {MOST_TEXT_BYTES:,} bytes of text: split it.")
+        content += stream.read(max(0, most_bytes + 1 - len(content)))
+    if len(content) > most_bytes:
+        raise UnreadableFileError("too large", f"'{path}' has more than {most_bytes:,} bytes of text: split it.")
     try:
         text = decoded(content, encoding)
     except UnknownEncodingError as error:
