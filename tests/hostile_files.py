@@ -92,9 +92,12 @@ def hostile_files() -> Iterator[tuple[str, bytes]]:
     yield "text bomb.pdf", _pdf(b"BT /F1 12 Tf (" + b"word " * 4 * MEGABYTE + b") Tj ET")
     yield "one page many times.pdf", _pdf(b"BT /F1 12 Tf 20 100 Td (words) Tj ET", pages=50_000)
     yield "text.txt.gz", gzip.compress(b"a" * 60 * MEGABYTE)
-    yield "window.txt.zst", zstandard.ZstdCompressor(
-        compression_params=zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
-    ).compress(b"a" * 60 * MEGABYTE)
+    yield (
+        "window.txt.zst",
+        zstandard.ZstdCompressor(
+            compression_params=zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+        ).compress(b"a" * 60 * MEGABYTE),
+    )
     yield "deep.json", b"[" * MEGABYTE
     yield "deep objects.json", b'{"a":' * 150_000
     yield "escapes.jsonl", json.dumps({"text": "\ud800" * 100_000}).encode()[:MEGABYTE]
