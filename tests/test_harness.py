@@ -6,113 +6,48 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from tiny_runs import save_base
 
 pytest.importorskip("lm_eval", reason="the [eval] extra is not installed")
 
+from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from longlora.errors import UserError
 from longlora.evaluation.harness import LoadedModel, load_tasks, run_tasks
+from longlora.evaluation.tasks import evaluate_tasks
+from longlora.model.loading import load
+from longlora.settings import EvaluateTasksSettings
 
 WINDOW = 64
 
-TEXTS = [
-    ("The grass is", " green."),
-    ("The grass is green. The sky is", " blue"),
-    ("Here we go. ", "There and back again, as far as the eye can see."),
-    ("", "Once upon a time"),
-    ("A context that is longer than the window, so that its beginning has to be left out. " * 2, "End"),
-    ("x", "y"),
-]
-
 
 @pytest.fixture(scope="module")
-def parts(tiny_model: Callable[..., Any], tiny_tokenizer: Callable[[], Any]) -> tuple[Any, Any]:
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> Path:
     tokenizer = tiny_tokenizer()
-    return tiny_model("llama", vocab_size=len(tokenizer)), tokenizer
+    return save_base(tmp_path_factory.mktemp("harness") / "base", tiny_model("llama", vocab_size=257), tokenizer)
 
 
 @pytest.fixture(scope="module")
-def oracle(parts: tuple[Any, Any]) -> HFLM:
-    model, tokenizer = parts
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=WINDOW)
+def stock(folder: Path) -> HFLM:
+    """lm-eval as it is run on a folder."""
+    return HFLM(pretrained=str(folder), device="cpu", batch_size=1, max_length=WINDOW)
 
 
 def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
     return [Instance(kind, {}, given, 0, metadata=("test", i, 1)) for i, given in enumerate(arguments)]
 
 
-@pytest.mark.parametrize("batch", [0, 1, 4])
-def test_continuations_as_lm_eval_scores_them(parts: tuple[Any, Any], oracle: HFLM, batch: int) -> None:
-    ours = LoadedModel(*parts, window=WINDOW, batch=batch).loglikelihood(requests("loglikelihood", TEXTS))
-    expected = oracle.loglikelihood(requests("loglikelihood", TEXTS), disable_tqdm=True)
-    assert [greedy for _, greedy in ours] == [greedy for _, greedy in expected]
-    assert [found for found, _ in ours] == pytest.approx([found for found, _ in expected], abs=2e-4)
-
-
-def test_a_greedy_continuation_is_known(parts: tuple[Any, Any]) -> None:
-    model, tokenizer = parts
-    ids = tokenizer("The grass is")["input_ids"]
-    with torch.no_grad():
-        for _ in range(3):
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    scored = [(None, ids[:-3], ids[-3:]), (None, ids[:-3], [ids[-3], (ids[-2] + 1) % 257, ids[-1]])]
-    found = LoadedModel(model, tokenizer, window=WINDOW)._loglikelihood_tokens(scored)
-    assert [greedy for _, greedy in found] == [True, False]
-
-
-def test_whole_texts_as_lm_eval_scores_them(parts: tuple[Any, Any], oracle: HFLM) -> None:
-    texts = [("Short.",), ("x" * (WINDOW - 1),), ("y" * WINDOW,), ("A text of several windows. " * 9,)]
-    ours = LoadedModel(*parts, window=WINDOW).loglikelihood_rolling(requests("loglikelihood_rolling", texts))
-    expected = oracle.loglikelihood_rolling(requests("loglikelihood_rolling", texts), disable_tqdm=True)
-    assert ours == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("until", [[], ["e"], ["\x00", "zq"]])
-def test_answers_as_lm_eval_generates_them(parts: tuple[Any, Any], oracle: HFLM, until: list[str]) -> None:
-    settings = {"max_gen_toks": 12, "do_sample": False, "until": until}
-    asked = [(context, dict(settings)) for context, _ in TEXTS if context]
-    ours = LoadedModel(*parts, window=WINDOW).generate_until(requests("generate_until", asked), disable_tqdm=True)
-    expected = oracle.generate_until(requests("generate_until", asked), disable_tqdm=True)
-    assert ours == expected
-
-
-def test_what_is_longer_than_the_window_is_counted(parts: tuple[Any, Any]) -> None:
-    lm = LoadedModel(*parts, window=WINDOW)
+def test_what_is_longer_than_the_window_is_counted(folder: Path) -> None:
+    lm = LoadedModel(*load(folder), window=WINDOW)
     exact = "x" * (WINDOW - 2)  # with the two tokens of the continuation, of which the last is not read
-    lm.loglikelihood(requests("loglikelihood", [(exact + "x", "ab"), (exact + "xx", "ab"), (exact, "ab")]))
+    asked = [(exact + "x", "ab"), (exact + "xx", "ab"), (exact, "ab")]
+    lm.loglikelihood(requests("loglikelihood", asked), disable_tqdm=True)
     assert (lm.cut, lm.requests) == (1, 3)
     settings = {"max_gen_toks": 10, "until": []}
     lm.generate_until(requests("generate_until", [("x" * 54, settings), ("x" * 55, settings)]), disable_tqdm=True)
     assert (lm.cut, lm.requests) == (2, 5)
-    with pytest.raises(UserError, match="a continuation of 65 tokens alone is longer than the window of 64"):
-        lm.loglikelihood(requests("loglikelihood", [("x", "y" * 65)]))
-    with pytest.raises(UserError, match="answers alone fill the window of 64 tokens"):
-        lm.generate_until(requests("generate_until", [("x", {"max_gen_toks": 64})]), disable_tqdm=True)
-
-
-def test_sampled_answers_are_refused(parts: tuple[Any, Any]) -> None:
-    settings = {"max_gen_toks": 4, "do_sample": True, "temperature": 0.7}
-    with pytest.raises(UserError, match="task test asks for sampled answers"):
-        LoadedModel(*parts, window=WINDOW).generate_until(requests("generate_until", [("x", settings)]))
-
-
-def test_bos_once(parts: tuple[Any, Any], tiny_tokenizer: Callable[[], Any]) -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    model, plain = parts[0], tiny_tokenizer()
-    bos = tiny_tokenizer()
-    bos.bos_token = "<|endoftext|>"
-    template = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
-    bos.backend_tokenizer.post_processor = template
-    for tokenizer, expected in ((plain, []), (bos, [0])):
-        lm = LoadedModel(model, tokenizer, window=WINDOW)
-        word = plain("word")["input_ids"]
-        assert lm.tok_encode("word") == expected + word
-        assert lm.tok_encode("<|endoftext|>word") == [0, *word]
-        assert lm.tok_encode("word", add_special_tokens=False) == word
 
 
 TASK = """
@@ -136,40 +71,52 @@ def write_task(folder: Path, name: str, kind: str, more: str = "") -> str:
     return str(file)
 
 
-def test_tasks_of_a_file(parts: tuple[Any, Any], oracle: HFLM, tmp_path: Path) -> None:
-    model, tokenizer = parts
-    loaded = load_tasks(
-        [
-            write_task(tmp_path, "likely", "loglikelihood"),
-            write_task(tmp_path, "whole", "loglikelihood_rolling"),
-        ]
+def test_tasks_of_a_file_as_lm_eval_alone_has_them(folder: Path, stock: HFLM, tmp_path: Path) -> None:
+    """Sample by sample, from the command, with lm-eval's own standard errors."""
+    generated = (
+        "generation_kwargs: {max_gen_toks: 6, until: [], do_sample: false}\nmetric_list: [{metric: exact_match}]\n"
     )
-    assert [Path(name).stem for name in loaded] == ["likely", "whole"]
-    tasks = [task for tasks in loaded.values() for task in tasks]
-    rows = run_tasks(LoadedModel(model, tokenizer, window=WINDOW), tasks, limit=3)
-    found = {(row["task"], row["metric"]): row for row in rows}
-    assert set(found) == {
-        ("likely", "perplexity"),
-        ("likely", "acc"),
-        ("whole", "word_perplexity"),
-        ("whole", "byte_perplexity"),
-        ("whole", "bits_per_byte"),
-    }
-    assert {row["samples"] for row in rows} == {3}
-    assert {key[1]: row["higher_is_better"] for key, row in found.items()} == {
-        "perplexity": False,
-        "acc": True,
-        "word_perplexity": False,
-        "byte_perplexity": False,
-        "bits_per_byte": False,
-    }
-    expected = {(row["task"], row["metric"]): row["value"] for row in run_tasks(oracle_counted(oracle), tasks, limit=3)}
-    assert {key: row["value"] for key, row in found.items()} == pytest.approx(expected, rel=1e-4)
+    names = [
+        write_task(tmp_path, "likely", "loglikelihood"),
+        write_task(tmp_path, "whole", "loglikelihood_rolling"),
+        write_task(tmp_path, "said", "generate_until", generated),
+    ]
+    settings = EvaluateTasksSettings(
+        models=(str(folder),), tasks=tuple(names), limit=3, json=True, output=str(tmp_path)
+    )
+    document = evaluate_tasks(settings)
+    assert json.loads((tmp_path / "tasks.json").read_text()) == document
+    assert (document["context"], document["limit"], document["chat"]) == (WINDOW, 3, False)
+    found = {(row["task"], row["metric"]): row for row in document["results"]}
+    assert {row["samples"] for row in found.values()} == {3}
+    assert found["likely", "acc"]["higher_is_better"]
+    assert not found["likely", "perplexity"]["higher_is_better"]
+
+    theirs: Any = simple_evaluate(model=stock, tasks=names, limit=3, bootstrap_iters=1000)
+    for (task, metric), row in found.items():
+        name, _, answers = metric.partition(",")
+        assert row["value"] == pytest.approx(theirs["results"][task][f"{name},{answers or 'none'}"], rel=1e-4)
+        error = theirs["results"][task][f"{name}_stderr,{answers or 'none'}"]
+        if isinstance(error, float):
+            assert row["high"] - row["value"] == pytest.approx(1.96 * error, rel=0.3 if row["scores"] == [] else 1e-4)
+    _, samples = run_tasks(LoadedModel(*load(folder), window=WINDOW), load_tasks(names[2:])[names[2]], 3)
+    assert [sample["resps"] for sample in samples["said"]] == [s["resps"] for s in theirs["samples"]["said"]]
 
 
-def oracle_counted(oracle: HFLM) -> HFLM:
-    oracle.cut = oracle.requests = 0
-    return oracle
+def test_at_the_new_window(folder: Path, tmp_path: Path) -> None:
+    """Twice as long as the old one: what is scored depends on the beginning of the text, and nothing is cut."""
+    data = tmp_path / "data.jsonl"
+    data.write_text(
+        "\n".join(json.dumps({"question": f"{begin} " + "grass " * 18, "answer": " sky"}) for begin in "ab")
+    )
+    (tmp_path / "long.yaml").write_text(TASK.format(name="long", data=data, kind="loglikelihood"))
+    given = {"models": (str(folder),), "tasks": (str(tmp_path / "long.yaml"),), "json": True}
+    stretched = evaluate_tasks(EvaluateTasksSettings(**given, extend_to=2 * WINDOW, context=2 * WINDOW))
+    old = evaluate_tasks(EvaluateTasksSettings(**given))
+    likely = [next(row for row in each["results"] if row["metric"] == "perplexity") for each in (stretched, old)]
+    assert [row["cut"] for row in likely] == [0, 2]
+    assert len(set(likely[0]["scores"])) == 2
+    assert len(set(likely[1]["scores"])) == 1, "without the beginning both are the same text"
 
 
 def test_tasks_that_cannot_be_had(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tiny_runs import make_run, save_base
 
 from longlora.errors import UserError
 from longlora.evaluation import ruler
+from longlora.evaluation.harness import LoadedModel
 from longlora.evaluation.ruler import averages, effective_length, evaluate_ruler
 from longlora.evaluation.ruler_samples import FOLDER, NoSampleError, RulerTask, choose_tasks, ruler_tasks
 from longlora.model.loading import load_tokenizer
@@ -176,7 +177,9 @@ def test_effective_length(accuracies: list[float], threshold: float, expected: i
 
 @pytest.mark.parametrize("given", ["90 percent", "101", "-1", "nan", "Own"])
 def test_a_threshold_that_is_none(given: str) -> None:
-    with pytest.raises(UserError, match=f"--threshold is '{given}': it must be a percentage from 0 to 100, or own"):
+    with pytest.raises(
+        UserError, match=f"--threshold is '{given}': it must be a percentage from 0 to 100, auto or own"
+    ):
         RulerSettings(models=("demo",), threshold=given)
 
 
@@ -197,22 +200,22 @@ def settings(places: Path, model: str = "base", **given: Any) -> RulerSettings:
     return RulerSettings(models=(str(places / model),), **given)
 
 
-def answering(tokenizer: Any, right: Callable[[str], bool]) -> Callable[..., Iterator[tuple[int, list[int]]]]:
+def answering(right: Callable[[str], bool]) -> Callable[..., list[str]]:
     """A reader in place of a model: finds the number in the prompt, and says it where `right` of the prompt."""
 
-    def generate_each(_: Any, prompts: list[Any], most: int, **__: Any) -> Iterator[tuple[int, list[int]]]:
-        for index in reversed(range(len(prompts))):
-            text = tokenizer.decode(prompts[index])
+    def generate_until(_: Any, requests: list[Any], **__: Any) -> list[str]:
+        answers = []
+        for text in (request.args[0] for request in requests):
             (key,) = set(re.findall(r"special magic number for (\S+) mentioned in the provided text is$", text))
             (value,) = re.findall(rf"One of the special magic numbers for {key} is: (\d+)\.", text)
-            answer = f" {value}." if right(text) else " 123"
-            yield index, tokenizer(answer)["input_ids"][:most]
+            answers.append(f" {value}." if right(text) else " 123")
+        return answers
 
-    return generate_each
+    return generate_until
 
 
 def test_the_command(places: Path, bytes_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ruler, "generate_each", answering(bytes_tokenizer, lambda text: len(text) < 575))
+    monkeypatch.setattr(LoadedModel, "generate_until", answering(lambda text: len(text) < 575))
     document = json.loads(json.dumps(evaluate_ruler(settings(places))))
     results = {(row["context"], row["task"]): row for row in document["results"]}
     assert list(results) == [(c, t) for c in (600, 1024) for t in ("niah_single_1", "niah_multikey_2")]
@@ -222,19 +225,23 @@ def test_the_command(places: Path, bytes_tokenizer: Any, monkeypatch: pytest.Mon
     }
     assert results[1024, "niah_single_1"]["accuracy"] == 0.0
     assert all(
-        set(row) == {"context", "task", "accuracy", "low", "high", "trials", "scores", "skipped", "tokens", "seconds"}
+        set(row)
+        == {"context", "task", "accuracy", "low", "high", "trials", "scores", "skipped", "cut", "tokens", "seconds"}
         for row in results.values()
     )
     assert {(row["trials"], row["skipped"]) for row in results.values()} == {(2, 0)}
     assert document["average_over"] == ["niah_single_1", "niah_multikey_2"]
-    assert document["averages"] == [{"context": 600, "accuracy": 1.0}, {"context": 1024, "accuracy": 0.0}]
-    assert (document["threshold"], document["effective_length"]) == (0.856, 600)
+    assert [(mean["context"], mean["accuracy"]) for mean in document["averages"]] == [(600, 1.0), (1024, 0.0)]
+    # four of four, by Wilson
+    assert document["averages"][0]["low"] == pytest.approx(4 / (4 + 1.959964**2))
+    assert document["weighted_averages"] == {"increasing": pytest.approx(1 / 3), "decreasing": pytest.approx(2 / 3)}
+    assert (document["threshold"], document["threshold_from"], document["effective_length"]) == (0.794, "base", 600)
     assert document["left_out"] == []
     assert (document["model"], document["seed"], document["window"]) == (str(places / "base"), 0, 512)
 
 
 def test_the_models_own_score_as_threshold(places: Path, bytes_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ruler, "generate_each", answering(bytes_tokenizer, lambda _: False))
+    monkeypatch.setattr(LoadedModel, "generate_until", answering(lambda _: False))
     assert evaluate_ruler(settings(places))["effective_length"] is None
     document = evaluate_ruler(settings(places, threshold="own"))
     assert (document["threshold"], document["effective_length"]) == (0.0, 1024)
@@ -252,25 +259,24 @@ def test_a_model_answers_as_transformers_generates(places: Path, bytes_tokenizer
     task = RulerTask("niah_single_1", bytes_tokenizer, 600, 2, 0)
     for sample, found in zip(task.samples, record["answers"], strict=True):
         ids = bytes_tokenizer(task.prompt_text(sample), return_tensors="pt")["input_ids"]
-        room = min(128, 600 - ids.shape[1])
-        out = model.generate(ids, max_new_tokens=room, do_sample=False, attention_mask=torch.ones_like(ids))
+        out = model.generate(ids, max_new_tokens=128, do_sample=False, attention_mask=torch.ones_like(ids))
         assert found["answer"] == bytes_tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         assert found["expected"] == sample["outputs"]
         assert found["score"] == task.score(sample, found["answer"])
 
 
 def test_a_stopped_run_goes_on(places: Path, bytes_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = answering(bytes_tokenizer, lambda _: True)
+    reader = answering(lambda _: True)
     output = places / "stopped"
     asked = []
 
-    def stops(model: Any, prompts: list[Any], most: int, **rest: Any) -> Iterator[tuple[int, list[int]]]:
-        asked.append(len(prompts))
+    def stops(model: Any, requests: list[Any], **rest: Any) -> list[str]:
+        asked.append(len(requests))
         if len(asked) == 3:
             raise KeyboardInterrupt
-        yield from reader(model, prompts, most, **rest)
+        return reader(model, requests, **rest)
 
-    monkeypatch.setattr(ruler, "generate_each", stops)
+    monkeypatch.setattr(LoadedModel, "generate_until", stops)
     with pytest.raises(KeyboardInterrupt):
         evaluate_ruler(settings(places, output=str(output)))
     with pytest.raises(UserError, match=r"ruler.jsonl holds 2 trials of an evaluation that was stopped: give --resume"):
@@ -279,11 +285,9 @@ def test_a_stopped_run_goes_on(places: Path, bytes_tokenizer: Any, monkeypatch: 
         file.write('{"trial": "1024/niah_si')  # what a kill leaves
     with pytest.raises(UserError, match="'seed' was 0 .* and is now 1"):
         evaluate_ruler(settings(places, output=str(output), resume=True, seed=1))
-    asked.clear()
-    asked.append(0)
-    monkeypatch.setattr(ruler, "generate_each", lambda *given, **rest: (asked.append(1), reader(*given, **rest))[1])
+    asked[:] = [0] * 3
     document = evaluate_ruler(settings(places, output=str(output), resume=True))
-    assert sum(asked) == 2, "the two cells that were not there"
+    assert asked == [0, 0, 0, 2, 2], "the two cells that were not there"
     assert len(document["results"]) == 4
     assert document["effective_length"] == 1024
     assert json.loads((output / "ruler.json").read_text()) == json.loads(json.dumps(document))
@@ -292,7 +296,7 @@ def test_a_stopped_run_goes_on(places: Path, bytes_tokenizer: Any, monkeypatch: 
 def test_what_does_not_fit_is_counted(
     places: Path, bytes_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(ruler, "generate_each", answering(bytes_tokenizer, lambda _: True))
+    monkeypatch.setattr(LoadedModel, "generate_until", answering(lambda _: True))
     tasks = ("niah_single_1", "ruler_vt", "niah_single_2")
     monkeypatch.setattr("nltk.data.find", lambda _: (_ for _ in ()).throw(LookupError()))
     document = evaluate_ruler(settings(places, contexts=(300, 600), tasks=tasks, json=False))
@@ -306,46 +310,41 @@ def test_what_does_not_fit_is_counted(
     printed = capsys.readouterr().out
     assert "left out at 300: niah_single_1, ruler_vt: its smallest sample does not fit into 300 tokens" in printed
     assert "left out: niah_single_2: needs Paul Graham's essays" in printed
-    assert "effective length: 600 (threshold 85.6%, Llama-2-7B at 4k over all 13 tasks)" in printed
+    assert "effective length of 1 task, not 13: 600 (threshold 79.4%, Llama-2-7B at 4k over all 13 tasks)" in printed
     with pytest.raises(UserError, match="--tasks: ruler_qa_squad asks questions of SQuAD"):
         evaluate_ruler(settings(places, tasks=("ruler_qa_squad",)))
 
 
-def test_prompts_of_a_chat_need_more_room(
+def test_a_chat_template_around_a_prompt_that_fills_the_window(
     tmp_path: Path, tiny_model: Callable[..., Any], tiny_tokenizer: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """lm-eval sizes samples without template and answer: those that leave no room for the answer are not asked."""
+    """lm-eval sizes samples without the template: it has room of its own, and nothing is cut."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if not loop.last %}\n" + "-" * 200 + "{% endif %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if not loop.last %}\n" + "-" * 100 + "{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}\nassistant: {% endif %}"
     )
-    model = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
+    model = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=600)
     save_base(tmp_path / "chat", model, tokenizer)
-    asked: list[str] = []
+    read: list[str] = []
+    real = LoadedModel._model_generate
 
-    def record(_: Any, prompts: list[Any], most: int, **__: Any) -> Iterator[tuple[int, list[int]]]:
-        for index, prompt in enumerate(prompts):
-            asked.append(tokenizer.decode(prompt))
-            assert len(prompt) + most <= 1100
-            yield index, [1]
+    def generate(self: Any, context: Any, **rest: Any) -> Any:
+        read.append(tokenizer.decode(context[0]))
+        return real(self, context, **rest)
 
-    monkeypatch.setattr(ruler, "generate_each", record)
-    given = {"contexts": (600, 1100), "tasks": ("niah_multikey_2",), "trials": 8}
-    document = evaluate_ruler(settings(tmp_path, "chat", **given))
-    counts = {row["context"]: (row["trials"], row["skipped"], row["accuracy"]) for row in document["results"]}
-    assert all(trials + skipped == 8 for trials, skipped, _ in counts.values())
-    assert sum(skipped for _, skipped, _ in counts.values()) > 0
-    assert len(asked) == sum(trials for trials, _, _ in counts.values())
-    for text in asked:
-        assert text.startswith("user: A special magic number is hidden")
-        assert re.search(r"assistant: The special magic number for \S+ mentioned in the provided text is$", text)
+    monkeypatch.setattr(LoadedModel, "_model_generate", generate)
+    document = evaluate_ruler(settings(tmp_path, "chat", contexts=(600,), tasks=("niah_multikey_2",), trials=1))
+    assert [(row["trials"], row["cut"]) for row in document["results"]] == [(1, 0)]
+    assert document["threshold_from"] == "chat"
+    assert read[0].startswith("user: A special magic number is hidden")
+    assert re.search(r"assistant: The special magic number for \S+ mentioned in the provided text is$", read[0])
 
 
 def test_results_of_a_run_go_into_its_folder(
     places: Path, bytes_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ruler, "generate_each", answering(bytes_tokenizer, lambda _: True))
+    monkeypatch.setattr(LoadedModel, "generate_until", answering(lambda _: True))
     document = evaluate_ruler(settings(places, "run", contexts=(), tasks=("niah_single_1",)))
     # original window 512, stretched by four
     assert [row["context"] for row in document["results"]] == [512, 1024, 2048]

@@ -106,7 +106,7 @@ def test_the_other_way_round(places: Path) -> None:
         (Estimate(-0.1, -0.15, -0.05), False, "improved: -10.0% (-15.0 to -5.0)"),
         (Estimate(0.1, 0.05, 0.15), True, "improved: +10.0% (+5.0 to +15.0)"),
         (Estimate(-0.1, -0.3, 0.1), True, "no difference shown: -10.0% (-30.0 to +10.0)"),
-        (Estimate(0.1, None, None), False, "regressed: +10.0%, from one document"),
+        (Estimate(0.1, None, None), False, "regressed: +10.0%, how sure is not known"),
         (Estimate(0.0, 0.0, 0.0), True, "unchanged"),
     ],
 )

@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[type[s.CommandSettings], str]] = {
         s.EvaluateLongPerplexitySettings,
         "longlora.evaluation.long_perplexity_command:evaluate_long_perplexity",
     ),
+    "eval tasks": (s.EvaluateTasksSettings, "longlora.evaluation.tasks:evaluate_tasks"),
     "eval ruler": (s.RulerSettings, "longlora.evaluation.ruler:evaluate_ruler"),
     "eval passkey": (s.PasskeySettings, "longlora.evaluation.passkey:evaluate_passkey"),
     "eval topics": (s.TopicsSettings, "longlora.evaluation.longeval:evaluate_topics"),

@@ -97,13 +97,7 @@ def tokenize_corpus(tokenizer: Any, corpus: CorpusSettings, *, held_out: bool | 
     Raises:
         UserError: a source is at fault (see `read_documents`), or the cache folder cannot be written or is full.
     """
-    reading = Reading(
-        text_field=corpus.text_field,
-        encoding=corpus.encoding,
-        skip_malformed=corpus.skip_malformed,
-        held_out=held_out,
-        revisions={source: hub_revision(source) for source in corpus.data if is_hub(source)},
-    )
+    reading = reading_of(corpus, held_out)
     made = cached(
         cache_folder(corpus) / "corpora" / corpus_key(tokenizer, corpus, reading),
         lambda folder: _write_entry(folder, tokenizer, corpus, reading),
@@ -166,6 +160,17 @@ def corpus_key(tokenizer: Any, corpus: CorpusSettings, reading: Reading) -> str:
     if parsed:
         digest.update(json.dumps([EXTRACTION, *map(importlib.metadata.version, _EXTRACTORS)]).encode())
     return digest.hexdigest()[:32]
+
+
+def reading_of(corpus: CorpusSettings, held_out: bool | None) -> Reading:
+    """How the sources of `corpus` are read, hub data sets at the commits that they have now."""
+    return Reading(
+        text_field=corpus.text_field,
+        encoding=corpus.encoding,
+        skip_malformed=corpus.skip_malformed,
+        held_out=held_out,
+        revisions={source: hub_revision(source) for source in corpus.data if is_hub(source)},
+    )
 
 
 def _write_entry(folder: Path, tokenizer: Any, corpus: CorpusSettings, reading: Reading) -> None:

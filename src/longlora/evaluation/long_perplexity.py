@@ -1,21 +1,24 @@
 """LongPPL: perplexity of the key tokens, those that need the long context ("What is Wrong with Perplexity for
-Long-context Language Modeling?", arXiv 2410.23771, section 3).
+Long-context Language Modeling?", arXiv 2410.23771, section 3), as the authors' package `longppl` has it.
 
 Averaged over all tokens, perplexity hardly shows whether a model uses its context, because few tokens need it. With the
-log-probability of a token given the long context l, and given only the K or so tokens before it, s, a token x is key if
+log-probability that an evaluator gives a token after all of the document before it, l, and after the K or so tokens
+before it, s, a token x is key if
 
     LSD = log p(x | l) - log p(x | s)  > alpha = 2      the long context helps,
     LCL = log p(x | l)                 > beta = -2      and helps enough,
 
-and LongPPL = exp(mean of -log p(x | l) over the key tokens). As in the authors' code, S tokens share a short context,
-so that each has K to K + S - 1 tokens before it. With L = 8, K = 2, S = 3, `.` read and `#` judged:
+and LongPPL = exp(mean of -log p(x | l) over the key tokens) under the model that is measured. S tokens share a short
+context, so that each has K to K + S - 1 tokens before it. With a document of 8 tokens, K = 2, S = 3, `.` read and `#`
+judged:
 
     long     ..######        short    ..###
                                          ..###
 
-A document is cut into pieces of L tokens, and what is left at its end is not read: every piece judges L - K tokens.
-A model that judges for itself leaves out what it does badly, and stays below exp(-beta) = 7.4 whatever it does: models
-are compared by one evaluator's key tokens.
+Key tokens are kept as places in the text: a model with another tokenizer has those of its tokens for key tokens that
+lie inside. So one strong evaluator serves all models. A document is read once, up to the first L tokens; the mean is
+over the key tokens of all documents. A model that judges for itself leaves out what it does badly, and stays below
+exp(-beta) = 7.4 whatever it does.
 """
 
 import math
@@ -32,41 +35,57 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from longlora.errors import UserError
-from longlora.evaluation.cost import tokens_a_pass
+from longlora.evaluation import statistics
+from longlora.evaluation.cost import announce, tokens_a_pass
 from longlora.evaluation.perplexity import check_positions, evaluating
+from longlora.evaluation.processes import is_first, shared_out
 from longlora.evaluation.trials import Record, TrialLog
-from longlora.evaluation.windows import Documents, as_documents, windows
+from longlora.evaluation.windows import windows
 from longlora.model.lm_head import IGNORED, run_token_losses, unwrapped
 from longlora.model.loading import window
 from longlora.model.positions import original_context
 from longlora.progress import Progress
 from longlora.settings import LongPerplexitySettings
 
+CHARACTERS_A_TOKEN = 16
+"""More than any text needs on average for a token: what of a text is tokenised for its first L tokens."""
+
+AUTHORS_SHORT_CONTEXT, AUTHORS_STRIDE = 4096, 1024
+"""K and S of the authors' code."""
+
+Places = list[tuple[int, int]]
+"""Characters `[begin, end)` of a text."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LongPerplexity:
-    """LongPPL beside plain perplexity, over the judged tokens of all pieces."""
+    """LongPPL beside plain perplexity, over all documents."""
 
     context: int
-    """The long context L, in tokens."""
+    """Most tokens of a document, L."""
 
     longppl: float | None
     """exp of the key tokens' mean loss; None when there are no key tokens."""
 
+    low: float | None
+    high: float | None
+    """Its 95% interval over documents; None for one document."""
+
     perplexity: float
-    """exp of all judged tokens' mean loss."""
+    """exp of all tokens' mean loss."""
 
     key_tokens: int
-    """Judged tokens that are key tokens."""
+    """The model's tokens that are key tokens."""
 
     tokens: int
-    """Tokens judged: the last L - K of each piece."""
+    """Tokens scored: all but the first of each document."""
 
     documents: int
     """Documents read."""
 
-    skipped_documents: int
-    """Documents left out because they are shorter than L."""
+    document_key_nll: list[float]
+    document_key_tokens: list[int]
+    """Of each document, its key tokens' summed loss in nats, and how many they are."""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, for JSON."""
@@ -76,120 +95,174 @@ class LongPerplexity:
 def with_lengths(settings: LongPerplexitySettings, configs: Sequence[PreTrainedConfig]) -> LongPerplexitySettings:
     """`settings` with its three lengths filled in, for models of `configs`.
 
-    The long context is the longest of their windows; the short one is three quarters of the shortest of their original
-    windows, and the stride the rest of it, so that the short contexts are ones that every model was pretrained for.
+    The long context is the longest of their windows. The short one and its stride are the authors', 4,096 and 1,024,
+    where the long one is at least twice that; else three quarters of the shortest original window and a third of it.
 
     Raises:
         UserError: a config does not tell its window, or the lengths do not fit each other.
     """
-    if None in (settings.context, settings.short_context):
+    context, short, stride = settings.context, settings.short_context, settings.short_stride
+    if context is None:
         windows_known = [found for config in configs if (found := window(config))]
         if not windows_known:
             raise UserError("the model's config does not tell its window: give --context and --short-context.")
-        original = min(_original_window(config) for config in configs)
-        settings = replace(
-            settings,
-            context=settings.context or max(windows_known),
-            short_context=settings.short_context or max(1, original * 3 // 4),
-        )
-    assert settings.context is not None
-    assert settings.short_context is not None
-    if settings.short_context >= settings.context:
+        context = max(windows_known)
+    if short is None and context >= 2 * AUTHORS_SHORT_CONTEXT:
+        short, stride = AUTHORS_SHORT_CONTEXT, stride or AUTHORS_STRIDE
+    elif short is None:
+        short = max(1, min(min(_original_window(config) for config in configs), context) * 3 // 4)
+    if short >= context:
         raise UserError(
-            f"--short-context is {settings.short_context:,}: it must be below the long one, {settings.context:,} "
-            "tokens; lower it or give a longer --context."
+            f"--short-context is {short:,}: it must be below the long one, {context:,} tokens; lower it or give a "
+            "longer --context."
         )
-    stride = settings.short_stride or max(1, settings.short_context // 3)
-    return replace(settings, short_stride=stride)
+    return replace(settings, context=context, short_context=short, short_stride=stride or max(1, short // 3))
+
+
+def long_enough(texts: Iterable[str], tokenizer: Any, settings: LongPerplexitySettings) -> tuple[list[str], int]:
+    """The texts of at least L tokens of the evaluator's `tokenizer`, cut there, and how many are shorter.
+
+    Raises:
+        UserError: none has L tokens, or the tokenizer does not know where its tokens stand.
+    """
+    assert settings.context is not None
+    found, short, longest = [], 0, 0
+    for text in texts:
+        offsets = _tokenized(tokenizer, text[: CHARACTERS_A_TOKEN * settings.context])[1]
+        longest = max(longest, len(offsets))
+        if len(offsets) < settings.context:
+            short += 1
+        elif settings.max_documents is None or len(found) < settings.max_documents:
+            found.append(text[: offsets[settings.context - 1][1]])
+    if not found:
+        raise UserError(
+            f"no document has the {settings.context:,} tokens of --context: the longest of {short:,} has {longest:,}; "
+            "give longer documents or a shorter --context."
+        )
+    return found, short
+
+
+def find_key_places(
+    evaluator: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    settings: LongPerplexitySettings,
+    *,
+    progress: bool = True,
+    log: TrialLog | None = None,
+) -> list[Places]:
+    """Where in each text the key tokens of `evaluator` stand, neighbours joined.
+
+    Args:
+        evaluator: a causal language model of transformers, possibly wrapped (PEFT).
+        tokenizer: its tokenizer.
+        texts: of at least K tokens each.
+        settings: with all lengths.
+        progress: say what it will take, and show on stderr how far it is.
+        log: keeps what is found document by document; what it holds already is not read again.
+
+    Raises:
+        UserError: a context is beyond learned positions; the model cannot be scored (`longlora.model.lm_head`); its
+            loss is not finite; the tokenizer does not know where its tokens stand.
+    """
+    short, stride = settings.short_context, settings.short_stride
+    assert short is not None
+    assert stride is not None
+
+    def judge(text: str) -> Record:
+        ids, offsets = _tokenized(tokenizer, text)
+        rows = torch.tensor(ids)
+        long = _losses(evaluator, rows[None], short)
+        slices = [rows[begin:end] for begin, end, _ in windows(len(ids), short + stride, stride, "last")]
+        batch = max(1, tokens_a_pass(evaluator, short + stride) // (short + stride))
+        whole = [each for each in slices if len(each) == short + stride]
+        parts = [
+            _losses(evaluator, torch.stack(whole[at : at + batch]), short) for at in range(0, len(whole), batch)
+        ] + [_losses(evaluator, each[None], short) for each in slices[len(whole) :]]
+        key = (np.concatenate(parts) - long > settings.alpha) & (long < -settings.beta)
+        return {"places": joined([offsets[at + short] for at in np.flatnonzero(key)])}
+
+    found = _each_text("key tokens", "key", evaluator, tokenizer, texts, judge, progress, log)
+    return [[(begin, end) for begin, end in record["places"]] for record in found]
 
 
 def long_perplexity(
     model: nn.Module,
-    documents: Iterable[np.ndarray] | Documents,
+    tokenizer: Any,
+    texts: Sequence[str],
+    places: Sequence[Places],
     settings: LongPerplexitySettings,
-    keys: Sequence[np.ndarray] | None = None,
     *,
     progress: bool = True,
     log: TrialLog | None = None,
 ) -> LongPerplexity:
     """LongPPL and perplexity of `model`, in evaluation mode with its full attention.
 
-    The LM head sees the judged tokens only, some thousand at a time: context × vocabulary logits never exist.
+    The LM head sees some thousand tokens at a time: context × vocabulary logits never exist.
 
     Args:
         model: a causal language model of transformers, possibly wrapped (PEFT).
-        documents: token ids (n,) of each document.
-        settings: lengths (default `with_lengths`) and thresholds.
-        keys: what `find_key_tokens` of an evaluator found; None lets the model judge for itself.
-        progress: show on stderr how far it is.
-        log: keeps the sums of each piece as they come; a piece that it holds already is not read again.
+        tokenizer: its tokenizer; as in the authors' code, no special token is added.
+        texts: the documents, of `long_enough`.
+        places: where their key tokens stand, of `find_key_places`.
+        settings: with all lengths.
+        progress: say what it will take, and show on stderr how far it is.
+        log: keeps the sums of each document; what it holds already is not read again.
 
     Raises:
-        UserError: no document has L tokens; the lengths do not fit; a context is beyond learned positions; the model
-            cannot be scored (`longlora.model.lm_head`); its loss is not finite.
+        UserError: as `find_key_places`.
     """
-    settings = with_lengths(settings, [unwrapped(model).config])
-    corpus, chosen, skipped = _choose(documents, settings)
+    where = dict(zip(texts, places, strict=True))
 
-    def judge(number: int, ids: torch.Tensor) -> Record:
-        long = _long_losses(model, ids, settings)
-        key = keys[number] if keys is not None else _is_key(long, _short_losses(model, ids, settings), settings)
-        return {
-            "nll": long.sum(dtype=np.float64).item(),
-            "tokens": len(long),
-            "key_nll": long[key].sum(dtype=np.float64).item(),
-            "key_tokens": int(key.sum()),
-        }
+    def judge(text: str) -> Record:
+        ids, offsets = _tokenized(tokenizer, text, add_special_tokens=False)
+        losses = _losses(model, torch.tensor(ids)[None], 1).astype(np.float64)
+        key = losses[np.array([at - 1 for at in inside(offsets, where[text])], dtype=int)]
+        return {"nll": losses.sum(), "tokens": len(losses), "key_nll": key.sum(), "key_tokens": len(key)}
 
-    title = "LongPPL" if keys is None else "LongPPL by the evaluator's key tokens"
-    pieces = _each_piece(model, corpus, chosen, settings, judge, log or TrialLog(), "piece", title if progress else "")
-    nll, tokens, key_nll, key_tokens = (
-        sum(piece[name] for piece in pieces) for name in ("nll", "tokens", "key_nll", "key_tokens")
-    )
+    found = _each_text("LongPPL", "document", model, tokenizer, texts, judge, progress, log)
+    scored = [record for record in found if record["key_tokens"]]
+    sums, counts = ([record[name] for record in scored] for name in ("key_nll", "key_tokens"))
+    longppl = statistics.perplexity(sums, counts) if scored else None
     assert settings.context is not None
     return LongPerplexity(
         context=settings.context,
-        longppl=math.exp(key_nll / key_tokens) if key_tokens else None,
-        perplexity=math.exp(nll / tokens),
-        key_tokens=key_tokens,
-        tokens=tokens,
-        documents=len(chosen),
-        skipped_documents=skipped,
+        longppl=longppl.value if longppl else None,
+        low=longppl.low if longppl else None,
+        high=longppl.high if longppl else None,
+        perplexity=math.exp(sum(record["nll"] for record in found) / sum(record["tokens"] for record in found)),
+        key_tokens=sum(counts),
+        tokens=sum(record["tokens"] for record in found),
+        documents=len(found),
+        document_key_nll=[record["key_nll"] for record in found],
+        document_key_tokens=[record["key_tokens"] for record in found],
     )
 
 
-def find_key_tokens(
-    evaluator: nn.Module,
-    documents: Iterable[np.ndarray] | Documents,
-    settings: LongPerplexitySettings,
-    *,
-    progress: bool = True,
-    log: TrialLog | None = None,
-) -> list[np.ndarray]:
-    """For each piece of the documents, (L - K,) bool: which of its judged tokens are key tokens to `evaluator`.
+def joined(places: Iterable[tuple[int, int]]) -> Places:
+    """Rising places, those that touch as one.
 
-    As in `long_perplexity`, `log` keeps what is found piece by piece.
-
-    Raises:
-        UserError: as `long_perplexity`.
+    >>> joined([(0, 3), (3, 5), (6, 7)])
+    [(0, 5), (6, 7)]
     """
-    settings = with_lengths(settings, [unwrapped(evaluator).config])
-    corpus, chosen, _ = _choose(documents, settings)
-    assert settings.context is not None
-    assert settings.short_context is not None
-    judged = settings.context - settings.short_context
+    found: Places = []
+    for begin, end in places:
+        if found and found[-1][1] == begin:
+            found[-1] = (found[-1][0], end)
+        else:
+            found.append((begin, end))
+    return found
 
-    def judge(number: int, ids: torch.Tensor) -> Record:
-        key = _is_key(_long_losses(evaluator, ids, settings), _short_losses(evaluator, ids, settings), settings)
-        return {"key": np.flatnonzero(key).tolist()}
 
-    title = "key tokens" if progress else ""
-    found = _each_piece(evaluator, corpus, chosen, settings, judge, log or TrialLog(), "key", title)
-    keys = []
-    for piece in found:
-        keys.append(np.zeros(judged, dtype=bool))
-        keys[-1][piece["key"]] = True
-    return keys
+def inside(offsets: Sequence[tuple[int, int]], places: Places) -> list[int]:
+    """Which tokens, at `offsets` in the text, lie inside one of `places`.
+
+    >>> inside([(0, 2), (2, 4), (4, 6)], [(1, 4)])
+    [1]
+    """
+    begins = [begin for begin, _ in places]
+    last = np.searchsorted(begins, [begin for begin, _ in offsets], side="right") - 1
+    return [at for at, place in enumerate(last) if at and place >= 0 and offsets[at][1] <= places[place][1]]
 
 
 def _original_window(config: PreTrainedConfig) -> int:
@@ -199,95 +272,66 @@ def _original_window(config: PreTrainedConfig) -> int:
         return window(config) or sys.maxsize
 
 
-def _choose(
-    documents: Iterable[np.ndarray] | Documents, settings: LongPerplexitySettings
-) -> tuple[Documents, list[int], int]:
-    """The documents, the indices of those to read, and how many are too short."""
-    corpus = as_documents(documents)
-    lengths = [len(corpus.document(index)) for index in range(len(corpus))]
-    assert settings.context is not None
-    long_enough = [index for index, length in enumerate(lengths) if length >= settings.context]
-    if not long_enough:
+def _tokenized(tokenizer: Any, text: str, **options: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of `text`, and the characters of each."""
+    try:
+        found = tokenizer(text, return_offsets_mapping=True, verbose=False, **options)
+    except NotImplementedError as error:
         raise UserError(
-            f"no document has the {settings.context:,} tokens of --context: the longest of {len(lengths):,} has "
-            f"{max(lengths, default=0):,}; give longer documents or a shorter --context."
-        )
-    return corpus, long_enough[: settings.max_documents], len(lengths) - len(long_enough)
+            "LongPPL needs to know where in the text tokens stand, and this tokenizer is one without a fast version: "
+            "give models and an --evaluator with fast tokenizers."
+        ) from error
+    return found["input_ids"], found["offset_mapping"]
 
 
-def _is_key(long: np.ndarray, short: np.ndarray, settings: LongPerplexitySettings) -> np.ndarray:
-    """(L - K,) bool, from the losses (L - K,) with the long and the short context."""
-    return (short - long > settings.alpha) & (-long > settings.beta)
-
-
-def _each_piece(
-    model: nn.Module,
-    corpus: Documents,
-    chosen: Sequence[int],
-    settings: LongPerplexitySettings,
-    judge: Callable[[int, torch.Tensor], Record],
-    log: TrialLog,
-    trials: str,
+def _each_text(
     title: str,
+    trials: str,
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    judge: Callable[[str], Record],
+    progress: bool,
+    log: TrialLog | None,
 ) -> list[Record]:
-    """What `judge` makes of each piece's number and tokens (L,), or the log has of it.
+    """What `judge` makes of each text, or the log has of it; processes of one launch share the texts out."""
+    log = log or TrialLog()
+    missing = [number for number in range(len(texts)) if f"{trials}/{number}" not in log.records]
+    lengths = [len(_tokenized(tokenizer, texts[number])[0]) for number in missing]
+    if lengths:
+        check_positions(unwrapped(model).config, [max(lengths)])
 
-    Args:
-        trials: what the pieces' names in the log begin with.
-        title: of the progress; empty for none.
-    """
-    context = settings.context
-    assert context is not None
-    check_positions(unwrapped(model).config, [context])
-    pieces = [
-        (index, begin) for index in chosen for begin in range(0, len(corpus.document(index)) - context + 1, context)
-    ]
-    found = []
-    with evaluating(model), Progress(title, "pieces", len(pieces)) if title else nullcontext() as bar:
-        for number, (index, begin) in enumerate(pieces):
-            trial = f"{trials}/{number}"
-            if trial not in log.records:
-                began = time.monotonic()
-                ids = torch.from_numpy(corpus.document(index)[begin : begin + context].astype(np.int64))
-                log.append(trial, {**judge(number, ids), "seconds": round(time.monotonic() - began, 3)})
-            found.append(log.records[trial])
+    def timed(number: int) -> Record:
+        began = time.monotonic()
+        record = judge(texts[number])
+        return {name: _plain(value) for name, value in record.items()} | {"seconds": round(time.monotonic() - began, 3)}
+
+    shown = progress and is_first()
+    with evaluating(model), Progress(title, "documents", len(texts)) if shown else nullcontext() as bar:
+        if progress:
+            announce(title, model, lengths)
+        for number, record in shared_out(missing, timed):
+            log.append(f"{trials}/{number}", record)
             if bar is not None:
-                bar.show(number + 1, f"{number + 1:,} of {len(pieces):,} pieces of {context:,} tokens")
-    return found
+                bar.show(len(texts) - len(missing) + number + 1, f"{number + 1:,} of {len(texts):,} documents")
+    return [log.records[f"{trials}/{number}"] for number in range(len(texts))]
 
 
-def _long_losses(model: nn.Module, ids: torch.Tensor, settings: LongPerplexitySettings) -> np.ndarray:
-    """Losses (L - K,) of the judged tokens of a piece (L,), with the long context."""
-    assert settings.short_context is not None
-    losses = _token_losses(model, ids[None], settings.short_context)
-    if not np.isfinite(losses).all():
-        raise UserError(
-            f"the loss at context {settings.context:,} is not a number: the model is damaged, or overflows in float16; "
-            "load it in bfloat16 or float32."
-        )
-    return losses
+def _plain(value: Any) -> Any:
+    """A number of numpy's as Python has it, for JSON."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
-def _short_losses(model: nn.Module, ids: torch.Tensor, settings: LongPerplexitySettings) -> np.ndarray:
-    """Losses (L - K,) of the tokens of a piece (L,) from K on, with a window of K + S tokens that slides by S."""
-    short_context, stride = settings.short_context, settings.short_stride
-    assert short_context is not None
-    assert stride is not None
-    slices = [ids[begin:end] for begin, end, _ in windows(len(ids), short_context + stride, stride, "last")]
-    rows = max(1, tokens_a_pass(model, short_context + stride) // (short_context + stride))
-    losses: list[np.ndarray] = []
-    for first in range(0, len(slices), rows):
-        batch = slices[first : first + rows]
-        whole = [tokens for tokens in batch if len(tokens) == len(batch[0])]
-        losses.append(_token_losses(model, torch.stack(whole), short_context))
-        losses += [_token_losses(model, tokens[None], short_context) for tokens in batch[len(whole) :]]
-    return np.concatenate(losses)
-
-
-def _token_losses(model: nn.Module, rows: torch.Tensor, first: int) -> np.ndarray:
+def _losses(model: nn.Module, rows: torch.Tensor, first: int) -> np.ndarray:
     """Losses of the tokens from `first` on in each of `rows` (B, N), row after row: (B * (N - first),) float32."""
     rows = rows.to(next(model.parameters()).device)
     labels = torch.full_like(rows, IGNORED)
     labels[:, first - 1 : -1] = rows[:, first:]
     losses, _ = run_token_losses(model, {"input_ids": rows}, labels)
-    return losses[:, first - 1 : -1].float().cpu().numpy().ravel()
+    found = losses[:, first - 1 : -1].float().cpu().numpy().ravel()
+    if not np.isfinite(found).all():
+        raise UserError(
+            f"the loss of a row of {rows.shape[1]:,} tokens is not a number: the model is damaged, or overflows in "
+            "float16; load it in bfloat16 or float32."
+        )
+    return found

@@ -1,21 +1,18 @@
 """`longlora eval ruler`: RULER's tasks at any lengths, and the longest at which the model still does them.
 
-Samples and scores are lm-eval's (`longlora.evaluation.ruler_samples`), the answers greedy, with the KV cache, from one
-loaded model. A cell is one task at one context; it is kept as it comes, and a run that was stopped goes on after it.
+Samples, prompts, answers and scores are lm-eval's (`longlora.evaluation.ruler_samples`, `longlora.evaluation.harness`).
+A cell is one task at one context; it is kept as it comes, and a run that was stopped goes on after it.
 """
 
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from longlora.errors import UserError
 from longlora.evaluation import statistics
-from longlora.evaluation.generation import generate_each
-from longlora.evaluation.loading import load_evaluated, require_lm_eval, stretching
+from longlora.evaluation.loading import require_lm_eval, stretching
 from longlora.evaluation.perplexity import check_positions, default_contexts
-from longlora.evaluation.prompting import PromptFormat
 from longlora.evaluation.results import (
     Document,
     Evaluated,
@@ -28,28 +25,35 @@ from longlora.evaluation.results import (
 from longlora.evaluation.retrieval import accuracy_changes
 from longlora.evaluation.statistics import Estimate
 from longlora.evaluation.trials import TrialLog
-from longlora.model.lm_head import unwrapped
 from longlora.model.loading import window
 from longlora.progress import Progress
-from longlora.settings import RULER_BAR, RulerSettings
+from longlora.settings import RulerSettings
 
 Cell = dict[str, Any]
 
 TASKS = 13
 """RULER's tasks, over which its published averages are."""
 
+TEMPLATE_TOKENS = 256
+"""Room for a chat template around a prompt that fills its context, so that nothing is cut."""
+
+DEVIATIONS = {"ruler_cwe": "ruler_cwe: lm-eval leaves out the worked example that RULER's own prompt begins with"}
+"""Where lm-eval departs from the paper's code."""
+
 
 def evaluate_ruler(settings: RulerSettings) -> Document:
     """Run `longlora eval ruler`.
 
     Returns:
-        For one model `{"model", "label", "task": "ruler", …, "results": [{"context", "task", "accuracy", "trials",
-        "skipped", "tokens", "seconds"}], "average_over", "averages": [{"context", "accuracy"}], "threshold",
-        "effective_length", "left_out": [{"task", "context", "reason"}]}`; for several, or with a baseline, as
-        `longlora.evaluation.results.evaluate_each`. `accuracy` is the mean share of the expected words found, from 0 to
-        1; `skipped` counts the prompts that do not fit; `average_over` names the tasks that ran at every context;
-        `threshold` is a share, too; `effective_length` is None where the shortest context is below it already;
-        `context` is None in `left_out` where a task was left out everywhere.
+        For one model `{"model", "label", "task": "ruler", …, "results": [{"context", "task", "accuracy", "low", "high",
+        "trials", "scores", "skipped", "cut", "tokens", "seconds"}], "average_over", "of_tasks", "averages":
+        [{"context", "accuracy", "low", "high"}], "weighted_averages": {"increasing", "decreasing"}, "threshold",
+        "threshold_from", "effective_length", "left_out": [{"task", "context", "reason"}], "deviations": {task: how}}`;
+        for several, or with a baseline, as `longlora.evaluation.results.evaluate_each`. `accuracy` is the mean share of
+        the expected words found, from 0 to 1; `cut` counts the prompts whose beginning did not fit the window;
+        `average_over` names the tasks that ran at every context, of 13; the weights of the weighted averages rise or
+        fall linearly with the length; `threshold` is a share, too; `effective_length` is None where the shortest
+        context is below it already; `context` is None in `left_out` where a task was left out everywhere.
 
     Raises:
         UserError: lm-eval is not installed, a model, tokenizer, task or context that does not serve, or results that
@@ -91,6 +95,19 @@ def _average(context: int, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     return {"context": context, "accuracy": mean, "low": found.low, "high": found.high}
 
 
+def weighted_averages(means: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """RULER's two: weights that rise, or fall, linearly with the length.
+
+    >>> weighted_averages([{"accuracy": 1.0}, {"accuracy": 0.4}])
+    {'increasing': 0.6, 'decreasing': 0.8}
+    """
+    total = len(means) * (len(means) + 1) / 2
+    return {
+        name: round(sum(rank * mean["accuracy"] for rank, mean in enumerate(ordered, start=1)) / total, 6)
+        for name, ordered in (("increasing", means), ("decreasing", means[::-1]))
+    }
+
+
 def effective_length(means: Sequence[Mapping[str, Any]], threshold: float) -> int | None:
     """The longest context up to which every average reaches `threshold`, a share; None where the first does not.
 
@@ -111,7 +128,7 @@ def ruler_table(document: Document) -> str:
     contexts = sorted({cell["context"] for cell in results})
     names = list(dict.fromkeys(cell["task"] for cell in results))
     found = {(cell["context"], cell["task"]): cell["accuracy"] for cell in results}
-    average = f"average of {len(document['average_over'])}"
+    average = f"average of {len(document['average_over'])} tasks"
     width = max(len(name) for name in (*names, average)) + 2
     lines = [f"{document['label']}: RULER, % right", " " * width + "".join(f"{context:>10,}" for context in contexts)]
     lines += [
@@ -120,16 +137,25 @@ def ruler_table(document: Document) -> str:
     means = {mean["context"]: mean["accuracy"] for mean in document["averages"]}
     if means:
         lines.append(f"{average:<{width}}" + "".join(_percent(means.get(context)) for context in contexts))
+        ends = [(100 * mean["low"], 100 * mean["high"]) for mean in document["averages"]]
+        lines.append(f"{'  95% interval':<{width}}" + "".join(f"{f'{low:.0f}–{high:.0f}':>10}" for low, high in ends))
+    if len(means) > 1:
+        both = document["weighted_averages"]
+        lines.append(
+            f"weighted averages: {100 * both['increasing']:.1f} where long lengths count most, "
+            f"{100 * both['decreasing']:.1f} where short ones do"
+        )
     partial = [name for name in names if name not in document["average_over"]]
     if means and partial:
         lines.append(f"not in the average, for want of a length: {', '.join(partial)}")
     lines.append(_effective_length_in_words(document))
-    skipped = sum(cell["skipped"] for cell in results)
+    cut = sum(cell["cut"] for cell in results)
     lines.append(
         f"{document['trials']:,} trials a task and length, seed {document['seed']}, "
         f"{'chat template' if document['chat'] else 'plain text'}, window {document['window'] or 0:,}, "
-        f"{document['seconds']:,.0f} s" + (f"; {skipped:,} prompts did not fit" if skipped else "")
+        f"{document['seconds']:,.0f} s" + (f"; {cut:,} prompts were cut on the left" if cut else "")
     )
+    lines += list(document["deviations"].values())
     for where, reason, tasks in _grouped(document["left_out"]):
         lines.append(f"left out{where}: {', '.join(tasks)}: {reason}")
     return "\n".join(lines)
@@ -137,23 +163,23 @@ def ruler_table(document: Document) -> str:
 
 def _evaluate(name: str, file: Path | None, settings: RulerSettings) -> Document:
     """The results document of one model, which goes beside its log `file`."""
+    from longlora.evaluation.harness import whom_to_ask
     from longlora.evaluation.ruler_samples import NoSampleError, RulerTask, choose_tasks
 
     tasks, left_out = choose_tasks(settings.tasks, settings.download)
     if not tasks:
         reasons = "; ".join(f"{entry['task']} {entry['reason']}" for entry in left_out)
         raise UserError(f"--tasks: {reasons}.")
-    model, tokenizer, label = load_evaluated(name, settings)
-    config = unwrapped(model).config
+    asked = whom_to_ask(name, settings)
+    config, form = asked.config, asked.form
     contexts = sorted(settings.contexts or default_contexts(config))
     check_positions(config, contexts)
-    form = PromptFormat(tokenizer, chat=settings.chat, bos=settings.bos, system=settings.system)
     about = {
         "task": "ruler",
         "model": name,
-        "label": label,
+        "label": asked.label,
         **stretching(settings),
-        "dtype": str(unwrapped(model).dtype).removeprefix("torch."),
+        "dtype": asked.dtype,
         **form.description,
         "seed": settings.seed,
         "trials": settings.trials,
@@ -162,7 +188,7 @@ def _evaluate(name: str, file: Path | None, settings: RulerSettings) -> Document
     results: list[Cell] = []
     with (
         TrialLog.opened(file, {**about, "weights": weights}, settings.resume) as log,
-        Progress(f"ruler of {label}", "tokens", len(tasks) * sum(contexts)) as bar,
+        Progress(f"ruler of {asked.label}", "tokens", len(tasks) * sum(contexts)) as bar,
     ):
         cells = [f"{context}/{task_name}" for context in contexts for task_name in tasks]
         there = sum(cell in log.records for cell in cells)
@@ -173,85 +199,65 @@ def _evaluate(name: str, file: Path | None, settings: RulerSettings) -> Document
                 cell = f"{context}/{task_name}"
                 try:
                     if cell not in log.records:
-                        task = RulerTask(task_name, tokenizer, context, settings.trials, settings.seed)
-                        log.append(cell, _ask(task, model, form, max(context, window(config) or 0), settings))
+                        task = RulerTask(task_name, asked.tokenizer, context, settings.trials, settings.seed)
+                        room = max(context + TEMPLATE_TOKENS * form.chat, window(config) or 0)
+                        log.append(cell, _ask(task, asked.window(room), form.chat, settings))
                     results.append({key: value for key, value in log.records[cell].items() if key != "answers"})
                 except NoSampleError as error:
                     left_out.append({"task": task_name, "context": context, "reason": str(error)})
                 done += context
                 bar.show(done, f"{task_name} at {context:,} tokens")
-    document = {**about, "window": window(config), **_summary(results, left_out, settings)}
+    document = {**about, "window": window(config), **_summary(results, left_out, form.chat, settings)}
     return keep(document, file)
 
 
-def _summary(results: list[Cell], left_out: list[dict[str, Any]], settings: RulerSettings) -> Document:
+def _summary(results: list[Cell], left_out: list[dict[str, Any]], chat: bool, settings: RulerSettings) -> Document:
     """What follows from the cells."""
     common, means = averages(results)
-    bar = settings.bar()
+    bar = settings.bar(chat)
     threshold = bar / 100 if bar is not None else means[0]["accuracy"] if means else None
     return {
         "seconds": round(sum(cell["seconds"] for cell in results), 1),
         "results": results,
         "average_over": common,
+        "of_tasks": len(common),
         "averages": means,
+        "weighted_averages": weighted_averages(means),
         "threshold": threshold,
-        "threshold_from": "own" if bar is None else "given",
+        "threshold_from": {"auto": "chat" if chat else "base", "own": "own"}.get(settings.threshold, "given"),
         "effective_length": effective_length(means, threshold) if means and threshold is not None else None,
         "left_out": left_out,
+        "deviations": {task: DEVIATIONS[task] for task in DEVIATIONS if any(cell["task"] == task for cell in results)},
     }
 
 
-def _ask(task: Any, model: Any, form: PromptFormat, limit: int, settings: RulerSettings) -> Cell:
-    """One cell: the samples of `task`, answered and scored.
+def _ask(task: Any, lm: Any, chat: bool, settings: RulerSettings) -> Cell:
+    """One cell: the samples of `task`, answered and scored by lm-eval."""
+    from longlora.evaluation.harness import run_tasks
 
-    A sample fits if its prompt and the expected answer have at most `limit` tokens; the answer given may fill the rest,
-    up to the task's own length. (lm-eval sizes samples without the answer's beginning, and those of fwe without the
-    answer, so that a prompt of exactly the window would leave no room for all of an answer's possible length.)
-    """
-    samples = task.samples
-    prompts = [_prompt(task, form, sample) for sample in samples]
-    rooms: defaultdict[int, list[int]] = defaultdict(list)
-    for index, (sample, prompt) in enumerate(zip(samples, prompts, strict=True)):
-        expected = form.tokenizer(" " + ", ".join(sample["outputs"]), add_special_tokens=False)["input_ids"]
-        if len(prompt) + len(expected) <= limit:
-            rooms[min(task.max_new_tokens, limit - len(prompt))].append(index)
-    answers = {}
-    began = time.monotonic()
-    for room, indices in rooms.items():
-        answered = generate_each(
-            model,
-            [prompts[index] for index in indices],
-            room,
-            stop_tokens=form.stop_tokens(unwrapped(model)),
-            batch=settings.evaluation_batch,
-        )
-        for at, tokens in answered:
-            sample, text = samples[indices[at]], form.text(tokens)
-            score = task.score(sample, text)
-            answers[indices[at]] = {"expected": sample["outputs"], "answer": text, "score": score}
-    asked = sorted(answers)
-    scores = [answers[index]["score"] for index in asked]
-    found = statistics.share(sum(scores) / len(scores), len(scores)) if scores else None
+    began, cut = time.monotonic(), getattr(lm, "cut", 0)
+    _, samples = run_tasks(lm, [task], None, chat=chat, system=settings.system)
+    (asked,) = samples.values()
+    scores = [float(sample[str(task.context)]) for sample in asked]
+    found = statistics.share(sum(scores) / len(scores), len(scores))
+    prompts = [str(sample["arguments"][0][0]) for sample in asked]
     return {
         "context": task.context,
         "task": task.name,
-        "accuracy": found.value if found else None,
-        "low": found.low if found else None,
-        "high": found.high if found else None,
-        "trials": len(asked),
+        "accuracy": found.value,
+        "low": found.low,
+        "high": found.high,
+        "trials": len(scores),
         "scores": scores,
-        "skipped": len(samples) - len(asked),
-        "tokens": round(sum(len(prompts[index]) for index in asked) / len(asked)) if asked else None,
+        "skipped": 0,
+        "cut": getattr(lm, "cut", 0) - cut,
+        "tokens": round(sum(len(lm.tok_encode(prompt)) for prompt in prompts) / len(prompts)),
         "seconds": round(time.monotonic() - began, 3),
-        "answers": [answers[index] for index in asked],
+        "answers": [
+            {"expected": sample["doc"]["outputs"], "answer": sample["resps"][0][0], "score": score}
+            for sample, score in zip(asked, scores, strict=True)
+        ],
     }
-
-
-def _prompt(task: Any, form: PromptFormat, sample: dict[str, Any]) -> Any:
-    """Token ids (N,): lm-eval's text, or in a chat its question, with its beginning of the answer."""
-    if form.chat:
-        return form.tokens(task.doc_to_text(sample), opening=task.doc_to_prefix(sample))
-    return form.tokens(task.prompt_text(sample))
 
 
 def _average_changes(document: Mapping[str, Any], before: Mapping[str, Any]) -> dict[int, Estimate]:
@@ -268,14 +274,17 @@ def _effective_length_in_words(document: Document) -> str:
     if not document["averages"]:
         return "no effective length: no task ran at every context"
     bar = f"{100 * document['threshold']:.1f}%"
-    if document["threshold_from"] == "own":
-        bar += ", its own at the shortest"
-    elif document["threshold"] == RULER_BAR / 100:
-        bar += f", Llama-2-7B at 4k over all {TASKS} tasks"
+    bar += {
+        "own": ", its own at the shortest",
+        "chat": f", Llama-2-7B-chat at 4k over all {TASKS} tasks",
+        "base": f", Llama-2-7B at 4k over all {TASKS} tasks",
+    }.get(document["threshold_from"], "")
+    tasks = document["of_tasks"]
+    of = "" if tasks == TASKS else f" of {tasks} task{'s' * (tasks != 1)}, not {TASKS}"
     length = document["effective_length"]
     if length is None:
-        return f"effective length: below {document['averages'][0]['context']:,} (threshold {bar})"
-    return f"effective length: {length:,} (threshold {bar})"
+        return f"effective length{of}: below {document['averages'][0]['context']:,} (threshold {bar})"
+    return f"effective length{of}: {length:,} (threshold {bar})"
 
 
 def _grouped(left_out: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[str]]]:

@@ -5,6 +5,7 @@ and samples, with a verdict for each: "regressed by 3.5%".
 """
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -63,11 +64,10 @@ def evaluate_short(settings: EvaluateShortSettings) -> Document:
     Returns:
         For one model `{"model", "label", "baseline", "data", "stride", "score", …, "results": [{"context", "before",
         "after", "change_percent", "low", "high", "verdict", "stride", "text", "tokens", "documents",
-        "skipped_documents"}], "tasks": [{"task", "metric", "before", "after", "change_points", "low", "high",
-        "verdict", "samples", "cut"}], "seconds"}`; for several `{"models": [one such document each]}`. `before` and
-        `after` are perplexities, or values of the metric; `change_percent` is after / before - 1 in percent, with its
-        95% interval; `cut` counts the requests that are longer than the
-        window, of which only the end was read.
+        "skipped_documents"}], "tasks": [{"task", "metric", "before", "after", "change_points" or "change_percent",
+        "low", "high", "verdict", "samples", "cut"}], "seconds"}`; for several `{"models": [one such document each]}`.
+        `before` and `after` are perplexities, or values of the metric; `low` and `high` are the 95% interval of the
+        change; `cut` counts the requests that are longer than the window, of which only the end was read.
 
     Raises:
         UserError: a model whose base is unknown, a baseline with another tokenizer, a document, context or task that
@@ -144,7 +144,7 @@ def verdict(change: Estimate, higher_is_better: bool, unit: str) -> str:
         said = "no difference shown"
     else:
         said = "improved" if (change.value > 0) == higher_is_better else "regressed"
-    return f"{said}: {in_words(change, unit)}" + ("" if change.is_zero is not None else ", from one document")
+    return f"{said}: {in_words(change, unit)}" + ("" if change.is_zero is not None else ", how sure is not known")
 
 
 def short_tables(documents: Sequence[Document]) -> str:
@@ -260,7 +260,7 @@ def _measure(
 
             logger.info("lm-eval task of %s: %s", label, task)
             began, lm = time.monotonic(), LoadedModel(model, tokenizer, plan.window)
-            found = [{**row, "cut": lm.cut} for row in run_tasks(lm, loaded, settings.limit)]
+            found = [{**row, "cut": lm.cut} for row in run_tasks(lm, loaded, settings.limit)[0]]
             log.append(trial, {"rows": found, "seconds": round(time.monotonic() - began, 3)})
         rows += log.records[trial]["rows"]
     return Measured(label, [result.to_dict() for result in results], rows)
@@ -274,8 +274,8 @@ def _compare(before: Measured, after: Measured) -> Document:
                 one["perplexity"],
                 other["perplexity"],
                 statistics.perplexity_change(other["document_nll"], one["document_nll"], one["document_tokens"]),
+                "%",
                 higher_is_better=False,
-                unit="%",
             ),
             **{name: one[name] for name in ("stride", "text", "tokens", "documents", "skipped_documents")},
         }
@@ -285,13 +285,7 @@ def _compare(before: Measured, after: Measured) -> Document:
         {
             "task": one["task"],
             "metric": one["metric"],
-            **_change(
-                one["value"],
-                other["value"],
-                Estimate(other["value"] - one["value"], None, None),
-                one["higher_is_better"],
-                unit=" points",
-            ),
+            **_change(one["value"], other["value"], *_task_change(one, other), one["higher_is_better"]),
             "samples": one["samples"],
             "cut": other["cut"],
         }
@@ -304,7 +298,23 @@ def _compare(before: Measured, after: Measured) -> Document:
     }
 
 
-def _change(before: float, after: float, change: Estimate, higher_is_better: bool, unit: str) -> dict[str, Any]:
+def _task_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[Estimate, str]:
+    """The change of a metric and its unit: points of a share, sample by sample where there are scores, else percent."""
+    both = before["scores"], after["scores"]
+    values = before["value"], after["value"], *both[0], *both[1]
+    share = all(0 <= value <= 1 for value in values)
+    if share and both[0] and len(both[0]) == len(both[1]):
+        return statistics.share_change(both[1], both[0]), " points"
+    scale = 1.0 if share or not before["value"] else abs(before["value"])
+    change = (after["value"] - before["value"]) / scale
+    half = None
+    if before["high"] is not None and after["high"] is not None:
+        half = math.hypot(before["high"] - before["value"], after["high"] - after["value"]) / scale
+    ends = (None, None) if half is None else (change - half, change + half)
+    return Estimate(change, *ends), " points" if share else "%"
+
+
+def _change(before: float, after: float, change: Estimate, unit: str, higher_is_better: bool) -> dict[str, Any]:
     hundred = [None if value is None else 100 * value for value in change]
     return {
         "before": before,

@@ -156,3 +156,8 @@ def text_fingerprint(documents: Iterable[np.ndarray]) -> str:
         digest.update(np.int64(len(tokens)).tobytes())
         digest.update(np.ascontiguousarray(tokens, dtype=np.uint32).data)
     return digest.hexdigest()[:16]
+
+
+def digest_of_texts(texts: Iterable[str]) -> str:
+    """As `text_fingerprint`, of texts that several tokenizers read."""
+    return text_fingerprint(np.frombuffer(text.encode(errors="replace"), dtype=np.uint8) for text in texts)

@@ -58,7 +58,7 @@ from longlora.settings.retrieval import (
     RetrievalSettings,
     TopicsSettings,
 )
-from longlora.settings.ruler import RULER_BAR, RulerSettings
+from longlora.settings.ruler import RULER_BARS, EvaluateTasksSettings, RulerSettings
 from longlora.settings.step_bench import (
     MEMORY_SWITCHES,
     STEP_DTYPES,
@@ -87,7 +87,7 @@ __all__ = [
     "PROMPT_FORMATS",
     "RECIPES",
     "REPRODUCTIONS",
-    "RULER_BAR",
+    "RULER_BARS",
     "SCORES",
     "STEP_DTYPES",
     "STEP_WAYS",
@@ -109,6 +109,7 @@ __all__ = [
     "EvaluateLongPerplexitySettings",
     "EvaluatePerplexitySettings",
     "EvaluateShortSettings",
+    "EvaluateTasksSettings",
     "EvaluatedModelsSettings",
     "ExportSettings",
     "ExtendSettings",

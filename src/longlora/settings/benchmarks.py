@@ -42,14 +42,16 @@ class LongPerplexitySettings:
     """Which tokens are key tokens (LongPPL, arXiv 2410.23771, section 3.2)."""
 
     context: int | None = None
-    """The long context L, in tokens; default the longest window among the models."""
+    """The long context L: documents of at least as many tokens are read up to there; default the longest window among
+    the models."""
 
     short_context: int | None = None
-    """Tokens before a token that count as short context, K (the paper's 4,096); default 3/4 of the original window."""
+    """Tokens before a token that count as short context, K; default the authors' 4,096 where the long context is twice
+    that, else three quarters of the original window."""
 
     short_stride: int | None = None
-    """Tokens that share a short context, so that each sees K up to K + this many (the authors' code: 1,024); default a
-    third of the short context."""
+    """Tokens that share a short context, so that each sees K up to K + this many; default the authors' 1,024 with their
+    short context, else a third of it."""
 
     alpha: float = 2.0
     """A key token's loss falls by more than this between short and long context, in nats (the paper's 2)."""
@@ -73,7 +75,8 @@ class EvaluateLongPerplexitySettings(EvaluatedModelsSettings):
     """LongPPL, the perplexity of the tokens that need the long context, beside plain perplexity."""
 
     evaluator: str | None = None
-    """MODEL that says which tokens need the long context, with the same tokenizer; default each model for itself."""
+    """MODEL that says which tokens need the long context, a strong one, whatever its tokenizer; default each model for
+    itself."""
 
     corpus: CorpusSettings = CorpusSettings()
     long_perplexity: LongPerplexitySettings = LongPerplexitySettings()

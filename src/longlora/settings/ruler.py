@@ -1,13 +1,20 @@
-"""Knobs of `longlora eval ruler`."""
+"""Knobs of `longlora eval ruler` and `longlora eval tasks`."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from longlora.errors import UserError
-from longlora.settings.fields import Names, Tokens, at_least
-from longlora.settings.retrieval import RetrievalSettings
+from longlora.settings.fields import Names, Tokens, at_least, choice
+from longlora.settings.retrieval import CHOICES, RetrievalSettings
 
-RULER_BAR = 85.6
-"""RULER's bar for an effective length, in percent: what Llama-2-7B scores at 4k (arXiv 2404.06654, section 4)."""
+RULER_BARS = {True: 85.6, False: 79.4}
+"""RULER's bars for an effective length, in percent: Llama-2-7B-chat at 4k for chat models (arXiv 2404.06654), and
+Llama-2-7B at 4k for base models (its appendix)."""
+
+
+def _without_server(settings: RetrievalSettings) -> None:
+    if settings.server is not None:
+        raise UserError("--server answers passkey, topics and lines, not lm-eval's tasks: leave it out.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +30,9 @@ class RulerSettings(RetrievalSettings):
     trials: int = 20
     """Samples of each task at each context (the paper: 500)."""
 
-    threshold: str = str(RULER_BAR)
-    """Percent that the average over the tasks must reach up to the effective length (the paper's 85.6), or `own`: what
-    the model itself reaches at the shortest context."""
+    threshold: str = "auto"
+    """Percent that the average over the tasks must reach up to the effective length; `auto` the paper's, 85.6 for chat
+    models and 79.4 for base models, or `own`: what the model itself reaches at the shortest context."""
 
     download: bool = False
     """Let lm-eval fetch what some tasks need: Paul Graham's essays and NLTK's sentence splitter, SQuAD, HotpotQA."""
@@ -35,16 +42,20 @@ class RulerSettings(RetrievalSettings):
         for context in self.contexts:
             at_least("contexts", context, 2, "tokens")
         at_least("trials", self.trials, 1)
-        if self.server is not None:
-            raise UserError("--server answers passkey, topics and lines, not RULER: leave it out.")
-        self.bar()
+        _without_server(self)
+        self.bar(chat=True)
 
-    def bar(self) -> float | None:
+    def bar(self, chat: bool) -> float | None:
         """The threshold in percent, or None for the model's own.
 
+        Args:
+            chat: the model is asked through a chat template.
+
         Raises:
-            UserError: neither a number from 0 to 100 nor `own`.
+            UserError: neither a number from 0 to 100 nor `auto` or `own`.
         """
+        if self.threshold == "auto":
+            return RULER_BARS[chat]
         if self.threshold == "own":
             return None
         try:
@@ -52,5 +63,34 @@ class RulerSettings(RetrievalSettings):
         except ValueError:
             percent = -1.0
         if not 0 <= percent <= 100:
-            raise UserError(f"--threshold is '{self.threshold}': it must be a percentage from 0 to 100, or own.")
+            raise UserError(f"--threshold is '{self.threshold}': it must be a percentage from 0 to 100, auto or own.")
         return percent
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateTasksSettings(RetrievalSettings):
+    """Any of lm-eval's tasks (RULER, LongBench, BABILong, MMLU, …) at any window; needs `longlora[eval]`."""
+
+    tasks: Names = ()
+    """lm-eval tasks, groups or tags by name (`lm-eval ls tasks`), or .yaml files; they fetch their own data sets."""
+
+    context: int | None = None
+    """Tokens that a request and its answer may have; default the model's window."""
+
+    limit: int | None = None
+    """Only the first this many samples of each task."""
+
+    chat: Annotated[str, choice(CHOICES)] = "no"
+    """Ask through the tokenizer's chat template; `auto` does where it has one."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise UserError("--tasks is missing: name tasks of lm-eval, such as longbench_qasper or hellaswag.")
+        super().__post_init__()
+        _without_server(self)
+        if self.seed:
+            raise UserError("--seed has no effect on lm-eval's tasks, which have seeds of their own: leave it out.")
+        if self.limit is not None:
+            at_least("limit", self.limit, 1, "samples")
+        if self.context is not None:
+            at_least("context", self.context, 2, "tokens")
