@@ -24,8 +24,8 @@ def run(launch: list[str], words: list[str]) -> dict:
 @pytest.mark.slow
 def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
     text = tmp_path / "text.py"
-    text.write_text(Path(processes.__file__).read_text() * 3)
-    words = ["eval", "perplexity", "demo", "--data", str(text), "--contexts", "256,512", "--stride", "64", "--json"]
+    text.write_text(Path(processes.__file__).read_text())
+    words = ["eval", "perplexity", "demo", "--data", str(text), "--contexts", "256,512", "--stride", "128", "--json"]
     words += ["--evaluation-batch", "2", "--output"]
     alone, together = run(ALONE, [*words, str(tmp_path / "1")]), run(TOGETHER, [*words, str(tmp_path / "2")])
     for one, other in zip(alone["results"], together["results"], strict=True):

@@ -66,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; the exit status is 2 for a mistake of the user's, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = ""
+    running = results.COMMAND.set(("longlora", *argv))
     try:
         name, settings = parse(argv)
-        results.COMMAND[:] = ["longlora", *argv]
         quiet_libraries()
         module, _, function = COMMANDS[name][1].partition(":")
         result = getattr(importlib.import_module(module), function)(settings)
@@ -94,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(f"out of memory ({cause}): {_less_memory(name)}.", 2)
     except KeyboardInterrupt:
         _fail("stopped." + (" Give the same command with --resume to go on." if _resumes(name) else ""), 130)
+    finally:
+        results.COMMAND.reset(running)
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Any]:

@@ -8,6 +8,7 @@ is measured on a sample has `low` and `high`, the ends of its 95% interval, besi
 import math
 import types
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -16,8 +17,8 @@ Kind = TypeVar("Kind")
 MOST = 10**18
 """No count of tokens, documents or parameters is larger."""
 
-COMMAND: list[str] = []
-"""The command line of this process, word by word, which its results keep; empty where it is used from Python."""
+COMMAND: ContextVar[tuple[str, ...]] = ContextVar("command", default=())
+"""The command line that runs, word by word, which its results keep; empty where Python calls."""
 
 Share = Annotated[float, "from 0 to 1"]
 Unbounded = Annotated[float, "infinite too; NaN where it is no number"]

@@ -108,7 +108,7 @@ def evaluate_each(
 
 def keep(document: Document, file: Path | None) -> Document:
     """`document`, which is written beside the trials in `file`."""
-    document = document | ({"command": [*COMMAND]} if COMMAND else {})
+    document = document | ({"command": [*command]} if (command := COMMAND.get()) else {})
     if file is not None and is_first():
         write_whole(file.with_suffix(".json"), json.dumps(document, indent=1) + "\n")
     return document
