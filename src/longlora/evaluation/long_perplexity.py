@@ -126,7 +126,8 @@ def long_enough(texts: Iterable[str], tokenizer: Any, settings: LongPerplexitySe
         UserError: none has L tokens, or the tokenizer does not know where its tokens stand.
     """
     assert settings.context is not None
-    found, short, longest = [], 0, 0
+    found: list[str] = []
+    short, longest = 0, 0
     for text in texts:
         offsets = _tokenized(tokenizer, text[: CHARACTERS_A_TOKEN * settings.context])[1]
         longest = max(longest, len(offsets))
