@@ -162,14 +162,14 @@ def test_two_processes_are_one(place, one, tmp_path, engine, base, train):
         one[base, train], tmp_path / "from-one", 4 if (one[base, train] / "checkpoint-4").exists() else 8
     )
 
-    def work() -> None:
+    def work(*words: str) -> None:
         no_compiling()
         note_shards(shards)
-        main(command(place, run, base, train=train))
-        main([*command(place, from_one, base, train=train), "--resume"])
+        main(list(words))
 
-    statuses = together(2, work, log, **ENGINES[engine])
-    assert statuses == [0, 0], log.read_text()[-4000:]
+    for words in (command(place, run, base, train=train), [*command(place, from_one, base, train=train), "--resume"]):
+        statuses = together(2, lambda words=words: work(*words), log, **ENGINES[engine])
+        assert statuses == [0, 0], log.read_text()[-4000:]
     assert_same(run, one[base, train])
     assert_same(from_one, one[base, train])
     if engine == "fsdp2":
