@@ -27,7 +27,7 @@ TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-WINDOW, VOCABULARY = 256, 320
+WINDOW, VOCABULARY = 128, 320
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -69,6 +69,7 @@ SMALL: dict[str, Any] = {
     "mamba_d_head": 16,
     "mamba_d_state": 8,
     "mamba_expand": 2,
+    "attn_layer_indices": [2, 5],
     "sliding_window": 2048,
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": VOCABULARY,
@@ -79,10 +80,10 @@ LARGEST = 3_000_000
 """Parameters above which a family is not tiny whatever is asked: its config has sizes of its own names."""
 
 COMMANDS = {
-    "plan": "plan {base} --context 1024",
+    "plan": "plan {base} --context 512",
     "chat": "chat {base} --question why --answer-tokens 2",
-    "eval": "eval perplexity {base} --data {text} --contexts 128 --stride 128 --max-documents 1",
-    "extend": "extend {base} --context 512 --data {text} --evaluation-data {text} --contexts 128 --max-documents 1 "
+    "eval": "eval perplexity {base} --data {text} --contexts 64 --stride 64 --max-documents 1",
+    "extend": "extend {base} --context 256 --data {text} --evaluation-data {text} --contexts 64 --max-documents 1 "
     "--steps 1 --batch 1 --dtype float32 --output {run}",
     "sft": "sft {base} --data {pairs} --held-out 0 --batch 1 --epochs 1 --dtype float32 --output {run}-sft",
     "merge": "merge {run} --output {run}-merged",
@@ -98,17 +99,23 @@ def families() -> list[str]:
 
 def build(model_type: str) -> Any | None:
     """A tiny random model, `None` where its config takes other sizes than these."""
-    torch.manual_seed(0)
-    try:
-        known = AutoConfig.for_model(model_type)
-        config = AutoConfig.for_model(
-            model_type, **{name: size for name, size in SMALL.items() if hasattr(known, name)}
-        )
-        with torch.device("meta"):
-            size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval() if size <= LARGEST else None
-    except Exception:  # whatever a config's own code raises for sizes that do not go together
-        return None
+    for heads in (2, SMALL["num_attention_heads"]):  # latent attention repeats no keys
+        torch.manual_seed(0)
+        try:
+            known = AutoConfig.for_model(model_type)
+            sizes = {name: size for name, size in (SMALL | {"num_key_value_heads": heads}).items() if hasattr(known, name)}
+            config = AutoConfig.for_model(model_type, **sizes)
+            with torch.device("meta"):
+                size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+            if size > LARGEST:
+                return None
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            with torch.no_grad():
+                model(torch.arange(9)[None])
+            return model
+        except Exception:  # whatever a family's own code raises for sizes that do not go together
+            continue
+    return None
 
 
 def said(command: str) -> str:
@@ -146,7 +153,9 @@ def commands_of(model: Any, folder: Path, only: tuple[str, ...] = tuple(COMMANDS
 
 def sweep(names: list[str], seconds: int) -> Iterator[tuple[str, dict[str, str] | None]]:
     """`(family, answers)`, `None` for one that could not be built tiny; each in a process that has `seconds`."""
-    forked = multiprocessing.get_context("fork")  # with transformers imported: a fresh process takes ten seconds
+    forked = multiprocessing.get_context("fork")  # with everything imported: a fresh process takes ten seconds
+    with tempfile.TemporaryDirectory() as folder:
+        commands_of(build("llama"), Path(folder))
     for name in names:
         mine, its = forked.Pipe(duplex=False)
         child = forked.Process(target=one_family, args=(name, its))

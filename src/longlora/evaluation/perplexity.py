@@ -26,7 +26,7 @@ from longlora.evaluation.processes import is_first, processes, shared_out
 from longlora.evaluation.trials import TrialLog
 from longlora.evaluation.windows import Documents, Reading, as_documents, readings
 from longlora.model.lm_head import IGNORED, mixed_precision, run_token_losses, unwrapped
-from longlora.model.positions import original_context, present_context
+from longlora.model.positions import original_context, window
 from longlora.progress import Progress
 from longlora.settings import PerplexitySettings
 
@@ -91,7 +91,13 @@ def default_contexts(config: PreTrainedConfig) -> tuple[int, ...]:
     Raises:
         UserError: the config does not tell its window.
     """
-    original, present = original_context(config), present_context(config)
+    present = window(config)
+    if present is None:
+        raise UserError(f"the {config.model_type} config does not tell its window: give --contexts.")
+    try:
+        original = original_context(config)
+    except UserError:  # what cannot be stretched was not
+        original = present
     if original >= present:
         return present // 4, present // 2, present
     doublings = math.ceil(math.log2(present / original))
@@ -167,15 +173,15 @@ def check_positions(config: PreTrainedConfig, contexts: Sequence[int]) -> None:
     """Say when a context is beyond the window, and refuse where positions beyond it do not exist."""
     text_config = config.get_text_config()
     rotary = bool(getattr(text_config, "rope_parameters", None))
-    window = present_context(config) if rotary else getattr(text_config, "max_position_embeddings", None)
-    if window is None or max(contexts) <= window:
+    declared = window(config)
+    if declared is None or max(contexts) <= declared:
         return
     if not rotary:
         raise UserError(
-            f"context {max(contexts)} is beyond the {window} positions that this {text_config.model_type} model has "
-            f"learned; give --contexts of at most {window}."
+            f"context {max(contexts)} is beyond the {declared} positions that this {text_config.model_type} model has "
+            f"learned; give --contexts of at most {declared}."
         )
-    logger.warning("context %d is beyond the model's window of %d tokens, untrained", max(contexts), window)
+    logger.warning("context %d is beyond the model's window of %d tokens, untrained", max(contexts), declared)
 
 
 @contextmanager

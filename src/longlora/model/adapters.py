@@ -103,14 +103,23 @@ def add_adapters_from(settings: TrainableSettings, model: PreTrainedModel) -> Pr
     return add_adapters(model, rank, settings.alpha, settings.lora_dropout, settings.train)
 
 
+_NAMES_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj")
+"""What PEFT takes for a part of a mixture of experts wherever it is (its `transformers_weight_conversion`)."""
+
+
 def attention_projections(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers inside attention modules by full name: q, k, v and o, however a family lays them out."""
+    """The linear layers inside attention modules by full name: q, k, v and o, however a family lays them out.
+
+    A gate of attention's output that is named as those of experts (AFMoE) is left out.
+    """
     modules = _reached_by_text(model)
     inside = [name + "." for name, module in modules.items() if "attention" in type(module).__name__.lower()]
     return {
         name: module
         for name, module in modules.items()
-        if isinstance(module, nn.Linear | Conv1D) and name.startswith(tuple(inside))
+        if isinstance(module, nn.Linear | Conv1D)
+        and name.startswith(tuple(inside))
+        and name.rpartition(".")[2] not in _NAMES_OF_EXPERTS
     }
 
 

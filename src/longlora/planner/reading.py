@@ -31,8 +31,8 @@ def read_anatomy(config: PreTrainedConfig, trainable: TrainableSettings, trust_r
     """The sizes of the model that `config` describes and of what `trainable` trains in it; allocates no weights.
 
     Raises:
-        UserError: transformers makes no decoder of this config, S2-Attn cannot serve it, or nothing in it can train as
-            asked.
+        UserError: transformers makes no decoder of this config, S2-Attn cannot serve it, nothing in it can train as
+            asked, or some of its layers are no attention.
     """
     model = build_without_storage(config, trust_remote_code=trust_remote_code)
     use_shifted_attention(model, 2)  # refuses what it cannot serve
@@ -138,7 +138,13 @@ def _layer(
     weights, up, middle, experts = _feedforward(layer, in_attention, config)
     tensors = [parameter.numel() for parameter in layer.parameters()]
     reads = [_input_width(module) for module in attention]
-    reads.remove(sizes.heads * sizes.value_width)  # the output projection's
+    if sizes.heads * sizes.value_width not in reads:  # the output projection's
+        raise UserError(
+            f"the layers of this {config.model_type} model are not all attention as plan knows it (recurrent ones, or "
+            "with other widths), so it cannot count them: run `longlora extend` with --steps 1 at a small context, and "
+            "see what its log says of memory and time."
+        )
+    reads.remove(sizes.heads * sizes.value_width)
     return LayerShape(
         projection_weights=sum(matrix.numel() for matrix in matrices),
         feedforward_weights=weights,
