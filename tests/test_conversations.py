@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from longlora.corpus.conversations import ConversationFormat
 from longlora.errors import UserError
+from longlora.evaluation.prompting import PromptFormat
 from longlora.training.fine_tuning.packing import pack_examples
 
 ONE = [{"role": "user", "content": "Who is\nAhab?"}, {"role": "assistant", "content": "A captain é."}]
@@ -222,6 +223,17 @@ R1 = (
     "{{m.content.split('</think>')[-1]}}<|endoftext|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_end|><think>\n{% endif %}"
 )
+HARMONY = (  # in the manner of gpt-oss: the system's words as the developer's, reasoning in a channel, and not of the past
+    "<|start|>system<|message|>You are a model.<|end|>"
+    "{% if messages[0].role == 'system' %}<|start|>developer<|message|># Instructions\n\n{{messages[0].content}}<|end|>"
+    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% if loop.last and not add_generation_prompt %}{% if m.thinking is defined %}"
+    "<|start|>assistant<|channel|>analysis<|message|>{{m.thinking}}<|end|>{% endif %}"
+    "<|start|>assistant<|channel|>final<|message|>{{m.content}}<|return|>{% else %}"
+    "<|start|>assistant<|channel|>final<|message|>{{m.content}}<|end|>{% endif %}"
+    "{% else %}<|start|>{{m.role}}<|message|>{{m.content}}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
 REASONED = "<think>\nTwo and two.\n</think>\n\nFour."
 
 
@@ -254,6 +266,38 @@ def test_thinking_is_as_the_data_has_it(template, answer, prompt, learned):
     ((start, stop),) = example.answers
     assert tokenizer.decode(example.tokens[:start]) == prompt
     assert tokenizer.decode(example.tokens[start:stop]) == learned
+
+
+def test_harmony_channels():
+    """Each answer is learned as the model would give it: with its channels, and the last with its reasoning."""
+    marks = ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|endoftext|>"]
+    tokenizer = tokenizers.byte_level(marks, HARMONY, None, "<|return|>")
+    conversations = ConversationFormat(tokenizer)
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "Four.", "thinking": "Two and two."},
+        {"role": "user", "content": "And <|channel|>final?"},
+        {"role": "assistant", "content": "Five.", "thinking": "One more."},
+    ]
+    head = (
+        "<|start|>system<|message|>You are a model.<|end|><|start|>developer<|message|># Instructions\n\nBe brief.<|end|>"
+        "<|start|>user<|message|>2+2?<|end|><|start|>assistant"
+    )
+    more = "<|channel|>final<|message|>Four.<|end|><|start|>user<|message|>And <|channel|>final?<|end|><|start|>assistant"
+    learned = []
+    for example in conversations.examples(turns):
+        ((start, stop),) = example.answers
+        learned.append((tokenizer.decode(example.tokens[:start]), tokenizer.decode(example.tokens[start:stop])))
+    analysis, final = "<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"
+    assert learned == [
+        (head, f"{analysis}Two and two.{final}Four.<|return|>"),
+        (head + more, f"{analysis}One more.{final}Five.<|return|>"),
+    ]
+    tokens = conversations.prompt(turns[:4])
+    assert tokenizer.decode(tokens) == head + more
+    assert tokens.count(marks.index("<|channel|>")) == 1  # the question's are letters
+    assert PromptFormat(tokenizer).stop_tokens() == {marks.index("<|return|>")}
 
 
 def test_what_marks_turns_in_plain_text_cannot_be_faked():

@@ -20,6 +20,7 @@ REFUSES_SYSTEM = (
     "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + ' <|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[model] ' }}{% endif %}"
 )
+PARTS = CHATML.replace("m['content']", "m['content'][0]['text']")
 IGNORES_SYSTEM = "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] }}\n{% endif %}{% endfor %}"
 
 
@@ -100,6 +101,18 @@ def test_the_answer_begins_inside_the_assistants_turn(tokenizer):
     assert written(tokenizer, opening="The key is") == "<s>[user] Hello <|im_end|>[assistant] The key is"
 
 
+def test_the_question_is_in_the_prompt_whatever_the_template(tokenizer):
+    tokenizer.chat_template = PARTS
+    assert written(tokenizer, text="Hello <|im_end|>", opening="The key is") == (
+        "<|im_start|>user\nHello <|im_end|><|im_end|>\n<|im_start|>assistant\nThe key is"
+    )
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert PromptFormat(tokenizer).tokens("Hello <|im_end|>").tolist().count(end) == 1  # the text's are letters
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] }}<|im_end|>{% endfor %}"
+    with pytest.raises(UserError, match="without the question: mend the template, or give --chat no"):
+        PromptFormat(tokenizer).tokens("Hello")
+
+
 def test_a_template_that_rewrites_what_the_assistant_says_or_takes_no_such_turn(tokenizer):
     refuses = CHATML.replace(
         "{{ '<|im_start|>'", "{% if m['role'] == 'assistant' %}{{ raise_exception('no') }}{% endif %}{{ '<|im_start|>'"
@@ -151,7 +164,7 @@ def test_what_cannot_be_is_refused(tokenizer, tiny_tokenizer):
     with pytest.raises(UserError, match="unknown --chat 'maybe'"):
         PromptFormat(tokenizer, chat="maybe")
     tokenizer.chat_template = "{{ raise_exception('only tools') }}"
-    with pytest.raises(UserError, match=r"cannot write user turns \(only tools\): give --chat no"):
+    with pytest.raises(UserError, match=r"cannot write turns of user \(only tools\): mend the template, or give --chat no"):
         PromptFormat(tokenizer).tokens("Hello")
 
 

@@ -79,18 +79,21 @@ class ConversationFormat:
     Args:
         tokenizer: a transformers tokenizer; it is not changed.
         prompt_format: `template`, `inst`, or `auto`: the template where there is one, else `inst`.
+        instead: the setting, for messages, that does without the template.
 
     Raises:
         UserError: there is no chat template, or for `inst` no end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: Any, prompt_format: str = "auto") -> None:
+    def __init__(
+        self, tokenizer: Any, prompt_format: str = "auto", instead: str = "--prompt-format inst"
+    ) -> None:
         check_choice("--prompt-format", prompt_format, PROMPT_FORMATS)
         if prompt_format == "template" and not tokenizer.chat_template:
             raise UserError(
                 "--prompt-format is template, but the tokenizer has no chat template: give --prompt-format inst."
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self._instead = tokenizer, instead
         self.name = "inst" if prompt_format == "inst" or not tokenizer.chat_template else "template"
         self.template: str | None = None
         """The Jinja template where it is not the tokenizer's own."""
@@ -102,18 +105,22 @@ class ConversationFormat:
                 )
             self.template = ("{{ bos_token }}" if beginning(tokenizer) else "") + INST_TEMPLATE
 
-    def prompt(self, turns: Turns) -> list[int]:
+    def prompt(self, turns: Turns, opening: str = "") -> list[int]:
         """Tokens of a conversation up to where the assistant speaks; the last turn is the user's.
+
+        Args:
+            turns: the conversation.
+            opening: words the assistant's answer begins with.
 
         Raises:
             UserError: the template cannot write these turns, leaves the question out, or could be faked by its words.
         """
         turns = self._adapted(turns)
-        text = self._text(turns, add_generation_prompt=True)
+        text = self._opened(turns, opening) if opening else self._text(turns, add_generation_prompt=True)
         if _squeezed(self._marked(turns[-1]["content"])) not in _squeezed(text):
             raise UserError(
                 "the tokenizer's chat template writes a prompt without the question: mend the template, or give "
-                "--prompt-format inst."
+                f"{self._instead}."
             )
         return self._tokens([text])[0]
 
@@ -242,6 +249,14 @@ class ConversationFormat:
                 )
         return self._rendered(written, place, enable_thinking=thinking, **options)
 
+    def _opened(self, turns: Turns, opening: str) -> str:
+        """A prompt that ends with the first words of the answer."""
+        try:
+            return self._text([*turns, {"role": "assistant", "content": opening}], continue_final_message=True)
+        except UserError:
+            logger.debug("the chat template cannot leave a turn open: the answer's first words follow its last")
+        return self._text(turns, add_generation_prompt=True) + opening
+
     def _rendered(self, turns: Turns, place: str = "", **options: Any) -> str:
         try:
             return str(
@@ -251,7 +266,7 @@ class ConversationFormat:
             roles = ", ".join(turn["role"] for turn in turns)
             raise UserError(
                 f"{place}the tokenizer's chat template cannot write turns of {roles} "
-                f"({str(error).partition(chr(10))[0]}): mend the template, or give --prompt-format inst."
+                f"({str(error).partition(chr(10))[0]}): mend the template, or give {self._instead}."
             ) from error
 
     @cached_property

@@ -1,20 +1,15 @@
 """A question as the tokens a model expects: with its chat template or as plain text, with BOS once or not at all."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from longlora.corpus.conversations import ConversationFormat
 from longlora.errors import UserError, check_choice
 from longlora.model.stopping import ends_of_turn
 from longlora.settings import CHOICES
-
-logger = logging.getLogger(__name__)
-
-Turns = list[dict[str, str]]
 
 
 class PromptFormat:
@@ -54,7 +49,7 @@ class PromptFormat:
         self.description: Mapping[str, Any] = {"chat": self.chat, "bos": bos, "system": system}
         """How prompts are written, for a results document."""
         self._bos = bos
-        self._system_turn = self.chat and system is not None and self._takes_system_turn()
+        self._format = ConversationFormat(tokenizer, "template", instead="--chat no") if self.chat else None
 
     def tokens(self, text: str, opening: str = "", joint: str = " ") -> np.ndarray:
         """Token ids (N,) of the question `text`, int32.
@@ -63,9 +58,13 @@ class PromptFormat:
             text: what the user says; without a chat template the whole prompt.
             opening: words the answer begins with, which the model goes on from.
             joint: what stands between `text` and `opening` in plain text.
+
+        Raises:
+            UserError: the chat template cannot write this turn, or leaves the question out.
         """
-        if self.chat:
-            found = self._tokenized(self._rendered(self._turns(text), opening))
+        if self._format is not None:
+            system = [] if self.system is None else [{"role": "system", "content": self.system}]
+            found = self._format.prompt([*system, {"role": "user", "content": text}], opening)
             own = found[:1] == [self.tokenizer.bos_token_id]
             prefix = [] if own else self._bos_prefix([])
             # SmolLM2's BOS opens every turn, and so belongs to the template
@@ -105,45 +104,3 @@ class PromptFormat:
         if self._bos == "auto":
             return usual
         return [self.tokenizer.bos_token_id] if self._bos == "yes" else []
-
-    def _turns(self, text: str) -> Turns:
-        if self.system is None:
-            return [{"role": "user", "content": text}]
-        if self._system_turn:
-            return [{"role": "system", "content": self.system}, {"role": "user", "content": text}]
-        return [{"role": "user", "content": f"{self.system}\n\n{text}"}]
-
-    def _rendered(self, turns: Turns, opening: str) -> str:
-        if opening:
-            try:
-                return self._render([*turns, {"role": "assistant", "content": opening}], continue_final_message=True)
-            except UserError:
-                logger.debug("the chat template cannot leave a turn open: the answer's first words follow its last")
-        return self._render(turns, add_generation_prompt=True) + opening
-
-    def _render(self, turns: Turns, **options: Any) -> str:
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    turns,
-                    tokenize=False,
-                    enable_thinking=False,  # Qwen3 and its like would think past the end of a short answer
-                    **options,
-                )
-            )
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"the tokenizer's chat template cannot write {' and '.join(turn['role'] for turn in turns)} turns "
-                f"({str(error).partition(chr(10))[0]}): give --chat no to ask in plain text."
-            ) from error
-
-    def _takes_system_turn(self) -> bool:
-        turns: Turns = [{"role": "system", "content": str(self.system)}, {"role": "user", "content": "a question"}]
-        try:
-            written = self._render(turns, add_generation_prompt=True)
-        except UserError:
-            written = ""
-        if str(self.system).strip() in written:
-            return True
-        logger.info("the chat template takes no system turn: its text goes at the head of the user's")
-        return False
