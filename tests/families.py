@@ -103,7 +103,9 @@ def build(model_type: str) -> Any | None:
         torch.manual_seed(0)
         try:
             known = AutoConfig.for_model(model_type)
-            sizes = {name: size for name, size in (SMALL | {"num_key_value_heads": heads}).items() if hasattr(known, name)}
+            sizes = {
+                name: size for name, size in (SMALL | {"num_key_value_heads": heads}).items() if hasattr(known, name)
+            }
             config = AutoConfig.for_model(model_type, **sizes)
             with torch.device("meta"):
                 size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())

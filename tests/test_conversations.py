@@ -284,7 +284,9 @@ def test_harmony_channels():
         "<|start|>system<|message|>You are a model.<|end|><|start|>developer<|message|># Instructions\n\nBe brief.<|end|>"
         "<|start|>user<|message|>2+2?<|end|><|start|>assistant"
     )
-    more = "<|channel|>final<|message|>Four.<|end|><|start|>user<|message|>And <|channel|>final?<|end|><|start|>assistant"
+    more = (
+        "<|channel|>final<|message|>Four.<|end|><|start|>user<|message|>And <|channel|>final?<|end|><|start|>assistant"
+    )
     learned = []
     for example in conversations.examples(turns):
         ((start, stop),) = example.answers

@@ -164,7 +164,9 @@ def test_what_cannot_be_is_refused(tokenizer, tiny_tokenizer):
     with pytest.raises(UserError, match="unknown --chat 'maybe'"):
         PromptFormat(tokenizer, chat="maybe")
     tokenizer.chat_template = "{{ raise_exception('only tools') }}"
-    with pytest.raises(UserError, match=r"cannot write turns of user \(only tools\): mend the template, or give --chat no"):
+    with pytest.raises(
+        UserError, match=r"cannot write turns of user \(only tools\): mend the template, or give --chat no"
+    ):
         PromptFormat(tokenizer).tokens("Hello")
 
 

@@ -85,9 +85,7 @@ class ConversationFormat:
         UserError: there is no chat template, or for `inst` no end-of-sequence token.
     """
 
-    def __init__(
-        self, tokenizer: Any, prompt_format: str = "auto", instead: str = "--prompt-format inst"
-    ) -> None:
+    def __init__(self, tokenizer: Any, prompt_format: str = "auto", instead: str = "--prompt-format inst") -> None:
         check_choice("--prompt-format", prompt_format, PROMPT_FORMATS)
         if prompt_format == "template" and not tokenizer.chat_template:
             raise UserError(
