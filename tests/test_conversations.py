@@ -223,7 +223,8 @@ R1 = (
     "{{m.content.split('</think>')[-1]}}<|endoftext|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_end|><think>\n{% endif %}"
 )
-HARMONY = (  # in the manner of gpt-oss: the system's words as the developer's, reasoning in a channel, and not of the past
+# in the manner of gpt-oss: the system's words as the developer's, reasoning in a channel, and not of the past
+HARMONY = (
     "<|start|>system<|message|>You are a model.<|end|>"
     "{% if messages[0].role == 'system' %}<|start|>developer<|message|># Instructions\n\n{{messages[0].content}}<|end|>"
     "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}{% if m.role == 'assistant' %}"
@@ -281,12 +282,12 @@ def test_harmony_channels():
         {"role": "assistant", "content": "Five.", "thinking": "One more."},
     ]
     head = (
-        "<|start|>system<|message|>You are a model.<|end|><|start|>developer<|message|># Instructions\n\nBe brief.<|end|>"
+        "<|start|>system<|message|>You are a model.<|end|>"
+        "<|start|>developer<|message|># Instructions\n\nBe brief.<|end|>"
         "<|start|>user<|message|>2+2?<|end|><|start|>assistant"
     )
-    more = (
-        "<|channel|>final<|message|>Four.<|end|><|start|>user<|message|>And <|channel|>final?<|end|><|start|>assistant"
-    )
+    more = "<|channel|>final<|message|>Four.<|end|><|start|>user<|message|>And <|channel|>final?<|end|>"
+    more += "<|start|>assistant"
     learned = []
     for example in conversations.examples(turns):
         ((start, stop),) = example.answers

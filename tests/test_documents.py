@@ -144,6 +144,28 @@ def test_records_are_read_by_their_content_under_whatever_name(tmp_path, name):
     assert [document.name for document in got] == [f"{path}:1", f"{path}:2"]
 
 
+@pytest.mark.parametrize(("ending", "separator"), [(".csv", ","), (".tsv", "\t"), (".csv.gz", ",")])
+def test_the_rows_of_a_table_are_documents(tmp_path, ending, separator):
+    import gzip
+
+    rows = [["id", "text"], ["1", '"One, ""two""\n\tünï"'], ["2", "three"]]
+    content = "\r\n".join(separator.join(row) for row in rows).encode()
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(gzip.compress(content) if ending.endswith(".gz") else content)
+    assert [document.text for document in read(path)] == ['One, "two"\n\tünï', "three"]
+    assert [document.name for document in read(path)] == [f"{path}:1", f"{path}:2"]
+    assert "no field 'body'; its fields are: id, text" in mistake(path, text_field="body")
+
+
+def test_a_table_that_breaks_off_or_is_in_another_encoding(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("id,text\n1,one\n2\n")
+    assert "row 2: it has too few columns" in mistake(path)
+    path.write_bytes("text\nnaïve\n".encode("latin-1"))
+    assert "name its encoding with --encoding" in mistake(path)
+    assert [document.text for document in read(path, encoding="latin-1")] == ["naïve"]
+
+
 def test_one_object_over_many_lines_a_field_within_a_field_and_what_is_no_record(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"doc": {"text": "within", "id": 3}}, indent=2), encoding="utf-8")

@@ -13,7 +13,7 @@ from longlora.errors import UserError
 from longlora.longqa.planning import material_of, title_of
 from longlora.longqa.sections import Section, cut
 
-_DATA_SETS = (".json", ".jsonl", ".ndjson", ".parquet")
+_DATA_SETS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
 @dataclass(frozen=True)

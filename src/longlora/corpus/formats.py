@@ -3,6 +3,8 @@
 Every reader is lazy and yields `Text`: at most one text (one batch of `PARQUET_ROWS` rows for parquet) is in memory.
 """
 
+import csv
+import io
 import logging
 import zlib
 from collections.abc import Callable, Generator, Iterator
@@ -11,10 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from longlora.corpus.apart import UnparsableError, parse_apart
-from longlora.corpus.decoding import UnknownEncodingError, decoded
+from longlora.corpus.decoding import UnknownEncodingError, decoded, encodable
 from longlora.corpus.records import (
     COMPRESSED,
     LINES,
+    MOST_LINE_BYTES,
     Malformed,
     inner_name,
     missing_field,
@@ -36,7 +39,10 @@ _SNIFFED_BYTES = 8192
 PARSED = {".html": "html", ".htm": "html", ".xhtml": "html", ".epub": "epub", ".pdf": "pdf"}
 """Endings whose files are read by `longlora.corpus.apart`, and their format."""
 
-_KNOWN = "text, .html, .epub, .pdf, .json, .jsonl, .ndjson (.gz and .zst of these), .parquet or a folder"
+TABLES = {".csv": ",", ".tsv": "\t"}
+"""Endings of tables of texts, and what stands between their columns."""
+
+_KNOWN = "text, .html, .epub, .pdf, .json, .jsonl, .ndjson, .csv, .tsv (.gz and .zst of these), .parquet or a folder"
 
 
 class Text(NamedTuple):
@@ -82,6 +88,8 @@ def _reader(path: Path, most_bytes: int) -> Callable[[Path, str, str], Iterator[
     name = inner_name(path)
     if name.endswith((*LINES, ".json")):
         return _read_json
+    if name.endswith(tuple(TABLES)):
+        return _read_table
     if path.suffix.lower() == ".parquet":
         return _read_parquet
     return _read_parsed if Path(name).suffix in PARSED else partial(_read_text, most_bytes=most_bytes)
@@ -130,6 +138,29 @@ def _read_json(path: Path, text_field: str, encoding: str) -> Iterator[Text | Ma
             yield Text(f":{record.number}", text_of(record.value, text_field), record.bytes_read)
         except ValueError as error:
             yield Malformed(record.where, str(error), record.bytes_read)
+
+
+def _read_table(path: Path, text_field: str, encoding: str) -> Iterator[Text | Malformed]:
+    csv.field_size_limit(MOST_LINE_BYTES)
+    delimiter = TABLES[Path(inner_name(path)).suffix]
+    with opened(path) as (stream, raw):
+        known = "utf-8-sig" if encoding == "auto" else encoding
+        rows = csv.DictReader(io.TextIOWrapper(stream, encoding=known, newline=""), delimiter=delimiter)
+        number = 0
+        try:
+            if text_field not in (names := rows.fieldnames or []):
+                raise UserError(f"'{path}': {missing_field(text_field, names)}.")
+            for number, row in enumerate(rows, start=1):
+                text = row[text_field]
+                if text is None:
+                    yield Malformed(f"row {number}", "it has too few columns", raw.tell())
+                else:
+                    yield Text(f":{number}", encodable(text), raw.tell())
+        except (csv.Error, UnicodeError) as error:
+            raise UserError(
+                f"'{path}' cannot be read as a table after row {number} ({error}): name its encoding with --encoding, "
+                "or check that it is whole."
+            ) from error
 
 
 def _read_parquet(path: Path, text_field: str, encoding: str) -> Iterator[Text | Malformed]:

@@ -6,7 +6,6 @@ passkey.json    the results document, once all trials are there
 passkey.1.jsonl passkey.1.json     an earlier evaluation, finished, that another one took the place of
 """
 
-import fcntl
 import itertools
 import json
 import logging
@@ -15,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from longlora.errors import UserError
 from longlora.evaluation.processes import told_by_first
@@ -96,9 +97,10 @@ class TrialLog:
         except OSError as error:
             raise UserError(f"{file} cannot be written ({error.strerror}): name another --output.") from error
         with handle:
+            lock = FileLock(file.with_name(f".{file.name}.lock"))
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+                lock.acquire(timeout=0)
+            except Timeout as error:
                 raise UserError(
                     f"{file} is in use by another evaluation: wait until it has ended, or name another --output."
                 ) from error
@@ -113,6 +115,8 @@ class TrialLog:
                     file.unlink(missing_ok=True)
                     for before, now in aside.items():
                         now.rename(before)
+                lock.release()
+                Path(lock.lock_file).unlink(missing_ok=True)
 
     def append(self, trial: str, record: Mapping[str, Any]) -> None:
         """Keep what `trial` came to; it is on disk when this returns."""

@@ -3,7 +3,6 @@
 import logging
 import math
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -236,6 +236,10 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     if _STATUS.exists():
         return int(re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"))[1]) * 1024  # type: ignore[index]
+    try:
+        import resource
+    except ImportError:  # Windows
+        return int(cast(Any, psutil.Process().memory_info()).peak_wset)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
