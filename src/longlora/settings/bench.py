@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from longlora.errors import check_choice
-from longlora.settings.fields import DTYPES, CommandSettings, Names, Tokens, at_least, choice
+from longlora.settings.fields import DTYPES, AtLeast, CommandSettings, Names, Tokens, choice
 from longlora.settings.model import ATTENTION_BACKENDS, PATTERNS
 
 
@@ -12,22 +12,22 @@ from longlora.settings.model import ATTENTION_BACKENDS, PATTERNS
 class BenchAttentionSettings(CommandSettings):
     """Time S2-Attn against full causal attention, forward and backward, in one process, alternating."""
 
-    length: Tokens = (8192,)
+    length: Annotated[Tokens, AtLeast(2, "tokens")] = (8192,)
     """Tokens N a row; several with commas."""
 
-    group: int | None = None
+    group: Annotated[int | None, AtLeast(2, "tokens")] = None
     """Tokens a group; default a quarter of each length."""
 
-    heads: int = 8
+    heads: Annotated[int, AtLeast(1)] = 8
     """Query heads."""
 
     key_heads: int | None = None
     """KV heads; default as many as query heads."""
 
-    head_dim: int = 64
+    head_dim: Annotated[int, AtLeast(1)] = 64
     """Width of a head."""
 
-    rows: int = 1
+    rows: Annotated[int, AtLeast(1)] = 1
     """Rows a batch."""
 
     dtype: Annotated[str, choice(DTYPES[1:])] = "bfloat16"
@@ -39,20 +39,13 @@ class BenchAttentionSettings(CommandSettings):
     backends: Names = ()
     """Attention backends measured beside the one that `auto` takes; default all that can act here but `eager`."""
 
-    repeats: int = 5
+    repeats: Annotated[int, AtLeast(1)] = 5
     """Timed rounds after one warm-up; medians are reported."""
 
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto."""
 
     def __post_init__(self) -> None:
-        for name in ("heads", "head_dim", "rows", "repeats"):
-            at_least(name.replace("_", "-"), getattr(self, name), 1)
-        for length in self.length:
-            at_least("length", length, 2, "tokens")
-        if self.group is not None:
-            at_least("group", self.group, 2, "tokens")
-        check_choice("--dtype", self.dtype, DTYPES[1:])
-        check_choice("--pattern", self.pattern, PATTERNS)
+        super().__post_init__()
         for backend in self.backends:
             check_choice("--backends", backend, ATTENTION_BACKENDS[1:])

@@ -1,10 +1,11 @@
 """Knobs of `longlora eval short` and `longppl`."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from longlora.errors import UserError
 from longlora.settings.evaluation import EvaluatedModelsSettings, PerplexitySettings
-from longlora.settings.fields import Names, at_least
+from longlora.settings.fields import AtLeast, Checked, Names
 from longlora.settings.model import CorpusSettings
 
 
@@ -24,32 +25,28 @@ class EvaluateShortSettings(EvaluatedModelsSettings):
     tasks: Names = ()
     """lm-eval tasks to run on both models, by name, or .yaml files of tasks; they fetch their own data sets."""
 
-    limit: int | None = None
+    limit: Annotated[int | None, AtLeast(1, "samples")] = None
     """Only the first this many samples of each task."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.limit is not None:
-            at_least("limit", self.limit, 1, "samples")
-            if not self.tasks:
-                raise UserError(
-                    f"--limit is {self.limit}, and there are no --tasks to limit: name some or leave it out."
-                )
+        if self.limit is not None and not self.tasks:
+            raise UserError(f"--limit is {self.limit}, and there are no --tasks to limit: name some or leave it out.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongPerplexitySettings:
+class LongPerplexitySettings(Checked):
     """Which tokens are key tokens (LongPPL, arXiv 2410.23771, section 3.2)."""
 
-    context: int | None = None
+    context: Annotated[int | None, AtLeast(1, "tokens")] = None
     """The long context L: documents of at least as many tokens are read up to there; default the longest window among
     the models."""
 
-    short_context: int | None = None
+    short_context: Annotated[int | None, AtLeast(1, "tokens")] = None
     """Tokens before a token that count as short context, K; default the authors' 4,096 where the long context is twice
     that, else three quarters of the original window."""
 
-    short_stride: int | None = None
+    short_stride: Annotated[int | None, AtLeast(1, "tokens")] = None
     """Tokens that share a short context, so that each sees K up to K + this many; default the authors' 1,024 with their
     short context, else a third of it."""
 
@@ -59,15 +56,8 @@ class LongPerplexitySettings:
     beta: float = -2.0
     """A key token's log-probability with the long context is above this (the paper's -2)."""
 
-    max_documents: int | None = None
+    max_documents: Annotated[int | None, AtLeast(1)] = None
     """Evaluate only the first this many documents that are long enough."""
-
-    def __post_init__(self) -> None:
-        for name, unit in (("context", "tokens"), ("short_context", "tokens"), ("short_stride", "tokens")):
-            if (given := getattr(self, name)) is not None:
-                at_least(name.replace("_", "-"), given, 1, unit)
-        if self.max_documents is not None:
-            at_least("max-documents", self.max_documents, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import tyro
 
-from longlora.errors import UserError, check_choice
-from longlora.settings.fields import DTYPES, CommandSettings, LoadSettings, at_least, choice
+from longlora.errors import UserError
+from longlora.settings.fields import DTYPES, AtLeast, Checked, CommandSettings, LoadSettings, choice
 from longlora.settings.fine_tuning import PROMPT_FORMATS
 from longlora.settings.longqa import MATERIALS
 
@@ -16,13 +16,13 @@ LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerSettings:
+class AnswerSettings(Checked):
     """How the next token is chosen, and how many there may be."""
 
-    answer_tokens: int = 512
+    answer_tokens: Annotated[int, AtLeast(1, "tokens")] = 512
     """Most tokens of an answer."""
 
-    temperature: float = 0.0
+    temperature: Annotated[float, AtLeast(0)] = 0.0
     """Sampling temperature; 0 always takes the likeliest token."""
 
     top_p: float = 1.0
@@ -32,8 +32,7 @@ class AnswerSettings:
     """Makes sampled answers repeatable; default a new one each time."""
 
     def __post_init__(self) -> None:
-        at_least("answer-tokens", self.answer_tokens, 1, "tokens")
-        at_least("temperature", self.temperature, 0)
+        super().__post_init__()
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p is {self.top_p:g}: it is a probability, above 0 and at most 1.")
         if self.temperature == 0 and (self.top_p != 1 or self.seed is not None):
@@ -41,23 +40,21 @@ class AnswerSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SinkSettings:
+class SinkSettings(Checked):
     """Attention sinks (StreamingLLM, arXiv 2309.17453): conversations longer than the window, of which the model sees
     the first and the latest tokens."""
 
-    attention_sinks: int = 0
+    attention_sinks: Annotated[int, AtLeast(0, "tokens")] = 0
     """First tokens of the conversation that the model goes on seeing when it is longer than the window (4 in the
     paper); 0 ends a conversation at the window."""
 
-    sink_window: int | None = None
+    sink_window: Annotated[int | None, AtLeast(16, "tokens")] = None
     """Latest tokens that it sees besides; default the window less the sinks."""
 
     def __post_init__(self) -> None:
-        at_least("attention-sinks", self.attention_sinks, 0, "tokens")
-        if self.sink_window is not None:
-            if not self.attention_sinks:
-                raise UserError("--sink-window has no effect without --attention-sinks: give --attention-sinks 4.")
-            at_least("sink-window", self.sink_window, 16, "tokens")
+        super().__post_init__()
+        if self.sink_window is not None and not self.attention_sinks:
+            raise UserError("--sink-window has no effect without --attention-sinks: give --attention-sinks 4.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +87,7 @@ class ChatSettings(CommandSettings):
     document: tuple[str, ...] = ()
     """Files to ask about (txt, md, source code, HTML, EPUB, PDF)."""
 
-    section: int | None = None
+    section: Annotated[int | None, AtLeast(1)] = None
     """Ask about this section of a document that is longer than the window; they are counted from 1."""
 
     question: str | None = None
@@ -106,7 +103,7 @@ class ChatSettings(CommandSettings):
     """`template` is the tokenizer's own chat template, `inst` the original code's [INST]question[/INST], `plain` text
     for a base model to go on with; `auto` is the template where there is one, else `plain`."""
 
-    kept_tokens: int | None = None
+    kept_tokens: Annotated[int | None, AtLeast(0, "tokens")] = None
     """Tokens whose keys and values stay in memory, so that no document is read twice; default two windows."""
 
     dtype: Annotated[str, choice(DTYPES)] = "auto"
@@ -118,18 +115,11 @@ class ChatSettings(CommandSettings):
     loading: LoadSettings = LoadSettings()
 
     def __post_init__(self) -> None:
-        check_choice("--material", self.material, MATERIALS)
-        check_choice("--prompt-format", self.prompt_format, CHAT_FORMATS)
-        check_choice("--dtype", self.dtype, DTYPES)
-        if self.kept_tokens is not None:
-            at_least("kept-tokens", self.kept_tokens, 0, "tokens")
-        if self.section is not None:
-            at_least("section", self.section, 1)
-            if len(self.document) != 1:
-                raise UserError(
-                    f"--section {self.section} is a part of one document: give one --document, "
-                    f"not {len(self.document)}."
-                )
+        super().__post_init__()
+        if self.section is not None and len(self.document) != 1:
+            raise UserError(
+                f"--section {self.section} is a part of one document: give one --document, not {len(self.document)}."
+            )
         if self.question is not None and not self.question.strip():
             raise UserError("--question is empty: say what to ask.")
         if self.web and self.question is not None:

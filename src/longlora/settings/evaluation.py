@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from longlora.errors import UserError, check_choice
-from longlora.settings.fields import DTYPES, CommandSettings, LoadSettings, Tokens, at_least, choice
+from longlora.settings.fields import DTYPES, AtLeast, Checked, CommandSettings, LoadSettings, Tokens, choice
 from longlora.settings.model import METHODS, CorpusSettings
 
 SCORES = ("last", "window", "stream")
@@ -23,17 +23,17 @@ STRIDES_A_CONTEXT = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerplexitySettings:
+class PerplexitySettings(Checked):
     """Sliding-window perplexity (paper section 4.2)."""
 
-    contexts: Tokens = ()
+    contexts: Annotated[Tokens, AtLeast(2, "tokens")] = ()
     """Context lengths to test, in tokens; default every doubling from the original window to the present one."""
 
     texts: Annotated[str, choice(TEXTS)] = "one"
     """`one` scores the same documents at all contexts, those as long as the longest; `each` at each context all that
     are as long as that one, so that a curve runs through different texts."""
 
-    stride: int | Literal["auto", "paper"] = "auto"
+    stride: Annotated[int | Literal["auto", "paper"], AtLeast(1, "tokens")] = "auto"
     """Tokens the window slides by; `auto` an eighth of the context, at least 256 and at most half of it, so that no
     token is read more than nine times; `paper` 256 at every context (paper section 4.1), as with `--score stream`."""
 
@@ -41,27 +41,19 @@ class PerplexitySettings:
     """`last` scores the newest tokens of each window, each token once; `window` averages whole windows; `stream` is the
     paper's own script: whole windows over all documents end to end."""
 
-    evaluation_batch: int = 0
+    evaluation_batch: Annotated[int, AtLeast(0, "windows")] = 0
     """Windows a forward pass; 0 chooses for the memory that is free."""
 
-    max_documents: int | None = None
+    max_documents: Annotated[int | None, AtLeast(1)] = None
     """Evaluate only the first this many documents that are long enough."""
 
     min_document_tokens: int | None = None
     """Leave out documents shorter than this, too."""
 
     def __post_init__(self) -> None:
-        for context in self.contexts:
-            at_least("contexts", context, 2, "tokens")
-        if isinstance(self.stride, int):
-            at_least("stride", self.stride, 1, "tokens")
-        else:
+        super().__post_init__()
+        if not isinstance(self.stride, int):
             check_choice("--stride", self.stride, ("auto", "paper"))
-        at_least("evaluation-batch", self.evaluation_batch, 0, "windows")
-        if self.max_documents is not None:
-            at_least("max-documents", self.max_documents, 1)
-        check_choice("--score", self.score, SCORES)
-        check_choice("--texts", self.texts, TEXTS)
 
     def stride_at(self, context: int) -> int:
         """Tokens that a window of `context` tokens slides by."""
@@ -105,11 +97,9 @@ class EvaluatedModelsSettings(CommandSettings):
     """Go on with the results of an evaluation that was stopped; also with more contexts or trials."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.models:
             raise UserError("MODEL is missing: name at least one model to evaluate.")
-        check_choice("--method", self.method, METHODS)
-        check_choice("--dtype", self.dtype, DTYPES)
-        check_choice("--device-map", self.device_map, DEVICE_MAPS)
 
 
 @dataclass(frozen=True, kw_only=True)

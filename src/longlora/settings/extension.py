@@ -8,7 +8,7 @@ import tyro
 
 from longlora.errors import UserError, check_choice
 from longlora.settings.evaluation import PerplexitySettings
-from longlora.settings.fields import DTYPES, CommandSettings, LoadSettings, Names, at_least, choice
+from longlora.settings.fields import DTYPES, AtLeast, Checked, CommandSettings, LoadSettings, Names, choice
 from longlora.settings.memory import MemorySettings
 from longlora.settings.model import AttentionSettings, CorpusSettings, PositionSettings
 
@@ -19,13 +19,13 @@ TRAINABLE = ("lora", "norm", "embed", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainableSettings:
+class TrainableSettings(Checked):
     """What trains: LoRA plus norm and embedding layers by default (paper section 3.3, table 3)."""
 
     train: Names = ("lora", "norm", "embed")
     """Parts that train: any of lora, norm, embed together, or full for every weight."""
 
-    rank: int = 8
+    rank: Annotated[int, AtLeast(1)] = 8
     """LoRA rank (paper section 4.1)."""
 
     alpha: float = 16.0
@@ -35,25 +35,25 @@ class TrainableSettings:
     """Dropout before the LoRA matrices, a share from 0 to 1."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in self.train:
             check_choice("--train part", name, TRAINABLE)
         if not self.train or ("full" in self.train and len(self.train) > 1):
             raise UserError(
                 f"--train is '{','.join(self.train)}': give any of lora, norm, embed together, or full alone."
             )
-        at_least("rank", self.rank, 1)
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora-dropout is {self.lora_dropout}: it must be from 0 up to, not including, 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimisationSettings:
+class OptimisationSettings(Checked):
     """Optimisation, by default the paper's recipe (section 4.1 and appendix B.2)."""
 
-    batch: int = 64
+    batch: Annotated[int, AtLeast(1)] = 64
     """Rows of `context` tokens an optimiser step, over all devices (paper section 4.1: global batch 64)."""
 
-    device_batch: int = 1
+    device_batch: Annotated[int, AtLeast(1)] = 1
     """Rows a device holds at a time; gradients accumulate up to `batch`."""
 
     lr: float = 2e-5
@@ -90,13 +90,13 @@ class OptimisationSettings:
     dtype: Annotated[str, choice(("float32", "bfloat16", "float16"))] = "bfloat16"
     """Arithmetic of the forward and backward pass; what trains is kept in float32."""
 
-    loss_chunk: int = 1024
+    loss_chunk: Annotated[int, AtLeast(1)] = 1024
     """Tokens whose logits exist at one time (memory: this many times the vocabulary, in float32)."""
 
     seed: int = 0
     """Seed of the data order, of new LoRA weights and of dropout."""
 
-    save_every: int = 100
+    save_every: Annotated[int, AtLeast(1)] = 100
     """Steps between checkpoints."""
 
     evaluate_every: int | None = None
@@ -112,26 +112,19 @@ class OptimisationSettings:
     """With `resume`: go on although documents or settings changed, and measure anew; default they are refused."""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "device_batch", "loss_chunk", "save_every"):
-            at_least(name.replace("_", "-"), getattr(self, name), 1)
+        super().__post_init__()
         if self.batch % self.device_batch:
             raise UserError(f"--batch is {self.batch}: it must be a multiple of --device-batch, {self.device_batch}.")
         if self.accept_changes and not self.resume:
             raise UserError("--accept-changes has no effect without --resume: a new run takes what it is given.")
-        check_choice("--schedule", self.schedule, ("constant", "linear", "cosine"))
-        check_choice("--dtype", self.dtype, ("float32", "bfloat16", "float16"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(OptimisationSettings):
     """How long it trains and how it learns, by default the paper's recipe (section 4.1 and appendix B.2)."""
 
-    steps: int = 1000
+    steps: Annotated[int, AtLeast(1)] = 1000
     """Optimiser steps (paper section 4.1)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least("steps", self.steps, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +148,7 @@ class ExtendSettings(CommandSettings):
     evaluation_data: tuple[str, ...] = ()
     """Documents to measure on, as for `data`; default a sixteenth of `data`, held out from training by name."""
 
-    evaluation_tokens: int | None = None
+    evaluation_tokens: Annotated[int | None, AtLeast(0, "tokens")] = None
     """Tokens of all forward passes of the measurements before and after; 0 measures nothing. Default a tenth of the
     tokens trained on, or without limit where `stride` or `max_documents` says what is to be read."""
 
@@ -169,6 +162,7 @@ class ExtendSettings(CommandSettings):
     loading: LoadSettings = LoadSettings()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.memory.check(self.training.gradient_checkpointing, self.trainable.train)
         self.memory.check_budget_is_used()
         if not self.corpus.data:
@@ -177,8 +171,6 @@ class ExtendSettings(CommandSettings):
             raise UserError(
                 "--row-tokens skips positions in rows that are one text: give --packing concatenate with it."
             )
-        if self.evaluation_tokens is not None:
-            at_least("evaluation-tokens", self.evaluation_tokens, 0, "tokens")
 
     def tokens_to_evaluate(self) -> int:
         """Tokens of all forward passes of the measurements."""
@@ -206,9 +198,6 @@ class MergeSettings(CommandSettings):
     """Fold in norms, embeddings and positions only, and leave the LoRA in FOLDER/adapter: for vLLM, SGLang and
     llama.cpp, which take adapters of linear layers alone."""
 
-    def __post_init__(self) -> None:
-        check_choice("--dtype", self.dtype, DTYPES)
-
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings(CommandSettings):
@@ -232,5 +221,6 @@ class ReportSettings(CommandSettings):
     """Page to write; default `report.html` in a single run directory, else `comparison.html`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.models:
             raise UserError("MODEL is missing: name a run directory, or several to compare.")

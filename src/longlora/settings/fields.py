@@ -1,13 +1,15 @@
-"""Kinds of fields, the checks they share, and what every command takes."""
+"""Kinds of fields, what may be given to them, and what every command takes."""
 
+import functools
+import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from longlora.errors import UserError
+from longlora.errors import UserError, check_choice
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -50,13 +52,54 @@ Names = Annotated[
 """Names written with commas or plus signs, `lora,norm,embed`."""
 
 
-def choice(names: tuple[str, ...]) -> object:
+def choice(names: Iterable[str]) -> Any:
+    """One of `names`, in an `Annotated` field of `Checked` settings."""
     return tyro.conf.arg(metavar="{" + ",".join(names) + "}")
 
 
-def at_least(thing: str, given: float, least: float, unit: str = "") -> None:
-    if given < least:
-        raise UserError(f"--{thing} is {given}: it must be at least {least}{' ' + unit if unit else ''}.")
+@dataclass(frozen=True)
+class AtLeast:
+    """A number, or each of several, of at least so much, in an `Annotated` field of `Checked` settings."""
+
+    least: float
+    unit: str = ""
+
+    def check(self, flag: str, given: Any) -> None:
+        """Raises UserError where `given` is a number below that."""
+        if isinstance(given, int | float) and given < self.least:
+            raise UserError(
+                f"{flag} is {given}: it must be at least {self.least}{' ' + self.unit if self.unit else ''}."
+            )
+
+
+class Checked:
+    """Settings that are refused, as they are made, where a field is not what its annotation allows.
+
+    Raises:
+        UserError: a number below `AtLeast`, or a name that is no `choice`; None is always allowed.
+    """
+
+    def __post_init__(self) -> None:
+        for name, allowed in _allowed(type(self)):
+            flag, given = "--" + name.replace("_", "-"), getattr(self, name)
+            for each in given if isinstance(given, tuple) else (given,):
+                if isinstance(allowed, AtLeast):
+                    allowed.check(flag, each)
+                elif each is not None:
+                    check_choice(flag, each, allowed)
+
+
+@functools.cache
+def _allowed(kind: type) -> list[tuple[str, AtLeast | list[str]]]:
+    """What each field may be: a number of `AtLeast`, or one of the names that `choice` shows as its metavar."""
+    found: list[tuple[str, AtLeast | list[str]]] = []
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        for more in getattr(hint, "__metadata__", ()):
+            if isinstance(more, AtLeast):
+                found.append((name, more))
+            elif str(getattr(more, "metavar", "")).startswith("{"):
+                found.append((name, more.metavar.strip("{}").split(",")))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +114,7 @@ class LoadSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommandSettings:
+class CommandSettings(Checked):
     """What every command takes."""
 
     config: str | None = None

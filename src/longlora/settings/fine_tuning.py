@@ -6,9 +6,9 @@ from typing import Annotated, ClassVar
 
 import tyro
 
-from longlora.errors import UserError, check_choice
+from longlora.errors import UserError
 from longlora.settings.extension import OptimisationSettings, TrainableSettings, TrainingSettings
-from longlora.settings.fields import CommandSettings, LoadSettings, at_least, choice
+from longlora.settings.fields import AtLeast, CommandSettings, LoadSettings, choice
 from longlora.settings.memory import MemorySettings
 from longlora.settings.model import METHODS, AttentionSettings
 
@@ -26,19 +26,15 @@ class FineTuningSettings(OptimisationSettings):
     epochs: float = 3.0
     """Times the training goes through all examples (the original fine-tunes for 3 to 5)."""
 
-    steps: int | None = None
+    steps: Annotated[int | None, AtLeast(1)] = None
     """Optimiser steps, instead of `epochs`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.epochs < math.inf:
             raise UserError(f"--epochs is {self.epochs}: it must be above 0.")
-        if self.steps is not None:
-            at_least("steps", self.steps, 1)
-            if self.epochs != type(self).epochs:
-                raise UserError(
-                    f"--epochs {self.epochs:g} has no effect beside --steps {self.steps}: give one of them."
-                )
+        if self.steps is not None and self.epochs != type(self).epochs:
+            raise UserError(f"--epochs {self.epochs:g} has no effect beside --steps {self.steps}: give one of them.")
 
     def for_rows(self, rows: int) -> TrainingSettings:
         """The training of so many packed rows; each epoch ends with a step on the rows that are left.
@@ -74,7 +70,7 @@ class SftSettings(CommandSettings):
     held_out: float = 0.0625
     """Share of `data` to hold out from training and measure on, by document, 0 for none."""
 
-    context: int | None = None
+    context: Annotated[int | None, AtLeast(2, "tokens")] = None
     """Tokens of the longest example that trains, default the model's window; above that the window is extended."""
 
     method: Annotated[str, choice(METHODS)] = "yarn"
@@ -87,7 +83,7 @@ class SftSettings(CommandSettings):
     loss_on: Annotated[str, choice(LOSS_ON)] = "every"
     """`every` learns each answer of a conversation, `last` only the last."""
 
-    skip_malformed: int = 0
+    skip_malformed: Annotated[int, AtLeast(0, "records")] = 0
     """Records that are no conversation, or that the chat template cannot write, to pass over; one more is an error."""
 
     attention: AttentionSettings = AttentionSettings()
@@ -97,6 +93,7 @@ class SftSettings(CommandSettings):
     loading: LoadSettings = LoadSettings()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.memory.check(self.training.gradient_checkpointing, self.trainable.train)
         self.memory.check_budget_is_used()
         if not self.data:
@@ -105,12 +102,6 @@ class SftSettings(CommandSettings):
             raise UserError(f"--held-out is {self.held_out:g}: it is a share, from 0 up to, not including, 1.")
         if self.evaluation_data and self.held_out != type(self).held_out:
             raise UserError(f"--held-out {self.held_out:g} has no effect beside --evaluation-data: give one of them.")
-        if self.context is not None:
-            at_least("context", self.context, 2, "tokens")
-        check_choice("--method", self.method, METHODS)
-        check_choice("--prompt-format", self.prompt_format, PROMPT_FORMATS)
-        check_choice("--loss-on", self.loss_on, LOSS_ON)
-        at_least("skip-malformed", self.skip_malformed, 0, "records")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +123,6 @@ class ExportSettings(CommandSettings):
     loading: LoadSettings = LoadSettings()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.gguf.endswith(".gguf"):
             raise UserError(f"--gguf {self.gguf} must end in .gguf.")
-        check_choice("--type", self.type, EXPORT_TYPES)

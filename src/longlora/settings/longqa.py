@@ -6,8 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from longlora.errors import UserError, check_choice
-from longlora.settings.fields import CommandSettings, LoadSettings, Names, at_least, choice
+from longlora.errors import UserError
+from longlora.settings.fields import AtLeast, Checked, CommandSettings, LoadSettings, Names, choice
 from longlora.settings.fine_tuning import PROMPT_FORMATS
 
 MATERIALS = ("auto", "book", "paper", "material")
@@ -15,7 +15,7 @@ PAIR_FILES = (".jsonl", ".json")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EndpointSettings:
+class EndpointSettings(Checked):
     """How an OpenAI-compatible endpoint is asked."""
 
     key_variable: str | None = None
@@ -25,18 +25,16 @@ class EndpointSettings:
     timeout: float = 120.0
     """Seconds to wait for an answer."""
 
-    retries: int = 3
+    retries: Annotated[int, AtLeast(0)] = 3
     """Times a question is asked again after a timeout, an error of the endpoint or a useless answer."""
 
-    temperature: float | None = None
+    temperature: Annotated[float | None, AtLeast(0)] = None
     """Sampling temperature; default the endpoint's own. A useless answer is asked for again at 0.7 or more."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.timeout <= 0:
             raise UserError(f"--timeout is {self.timeout}: it must be more than 0 seconds.")
-        at_least("retries", self.retries, 0)
-        if self.temperature is not None:
-            at_least("temperature", self.temperature, 0)
         if self.key_variable is not None and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", self.key_variable):
             # What was given is not repeated: it may be the key.
             raise UserError(
@@ -66,16 +64,16 @@ class BuildLongQASettings(CommandSettings):
     material: Annotated[str, choice(MATERIALS)] = "auto"
     """What the documents are, which decides the prompt and the questions; `auto` looks at each."""
 
-    section_tokens: int = 8192
+    section_tokens: Annotated[int, AtLeast(64, "tokens")] = 8192
     """Most tokens of a document in one pair; a longer document is cut at chapters, headings, paragraphs."""
 
-    questions_per_section: int = 2
+    questions_per_section: Annotated[int, AtLeast(1)] = 2
     """Questions about each section, each of another category while there are enough."""
 
-    pairs_per_document: int | None = None
+    pairs_per_document: Annotated[int | None, AtLeast(1)] = None
     """Most pairs of one document, from sections at even distances; default all."""
 
-    max_pairs: int | None = None
+    max_pairs: Annotated[int | None, AtLeast(1)] = None
     """Most pairs in all."""
 
     categories: Names = ()
@@ -84,10 +82,10 @@ class BuildLongQASettings(CommandSettings):
     questions: str | None = None
     """YAML file `category: [question, …]` to ask from instead of the questions that come with longlora."""
 
-    answer_tokens: int = 512
+    answer_tokens: Annotated[int, AtLeast(16, "tokens")] = 512
     """Most tokens of an answer."""
 
-    parallel: int = 4
+    parallel: Annotated[int, AtLeast(1)] = 4
     """Questions asked at a time: requests under way at an endpoint, prompts of one pass of a MODEL here."""
 
     tokenizer: str | None = None
@@ -108,6 +106,7 @@ class BuildLongQASettings(CommandSettings):
     loading: LoadSettings = LoadSettings()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.documents:
             raise UserError("--documents is missing: name the files or folders to ask about.")
         if not self.dry_run:
@@ -123,14 +122,6 @@ class BuildLongQASettings(CommandSettings):
             raise UserError(f"--teacher-url {self.teacher_url} must begin with http:// or https://.")
         if self.teacher_url is not None and "@" in self.teacher_url.split("/")[2]:
             raise UserError("--teacher-url must hold no password: name the variable of the key with --key-variable.")
-        check_choice("--material", self.material, MATERIALS)
-        at_least("section-tokens", self.section_tokens, 64, "tokens")
-        at_least("answer-tokens", self.answer_tokens, 16, "tokens")
-        at_least("questions-per-section", self.questions_per_section, 1)
-        at_least("parallel", self.parallel, 1)
-        for name in ("pairs_per_document", "max_pairs"):
-            if getattr(self, name) is not None:
-                at_least(name.replace("_", "-"), getattr(self, name), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +134,7 @@ class CheckLongQASettings(CommandSettings):
     tokenizer: str | None = None
     """MODEL whose tokenizer and chat template measure the pairs; without it lengths are characters."""
 
-    context: int | None = None
+    context: Annotated[int | None, AtLeast(2, "tokens")] = None
     """Name the pairs that do not fit this many tokens; needs --tokenizer."""
 
     prompt_format: Annotated[str, choice(PROMPT_FORMATS)] = "auto"
@@ -152,10 +143,8 @@ class CheckLongQASettings(CommandSettings):
     loading: LoadSettings = LoadSettings()
 
     def __post_init__(self) -> None:
-        check_choice("--prompt-format", self.prompt_format, PROMPT_FORMATS)
+        super().__post_init__()
         if self.prompt_format != type(self).prompt_format and self.tokenizer is None:
             raise UserError("--prompt-format counts tokens: name the MODEL whose tokenizer counts with --tokenizer.")
-        if self.context is not None:
-            at_least("context", self.context, 2, "tokens")
-            if self.tokenizer is None:
-                raise UserError("--context counts tokens: name the MODEL whose tokenizer counts them with --tokenizer.")
+        if self.context is not None and self.tokenizer is None:
+            raise UserError("--context counts tokens: name the MODEL whose tokenizer counts them with --tokenizer.")

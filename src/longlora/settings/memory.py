@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from longlora.errors import UserError, check_choice
-from longlora.settings.fields import at_least, choice
+from longlora.errors import UserError
+from longlora.settings.fields import AtLeast, Checked, choice
 
 MEMORY = ("manual", "auto")
 
@@ -18,7 +18,7 @@ _UNITS = {"MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30}
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemorySettings:
+class MemorySettings(Checked):
     """What makes a longer context fit, besides `--gradient-checkpointing` and `--loss-chunk`."""
 
     memory: Annotated[str, choice(MEMORY)] = "manual"
@@ -28,14 +28,14 @@ class MemorySettings:
     offload_activations: bool = False
     """Keep in the host's memory what gradient checkpointing saves."""
 
-    layer_tile: int | None = None
+    layer_tile: Annotated[int | None, AtLeast(1, "tokens")] = None
     """Tokens of a row that a decoder layer takes at a time, forward and backward; default all. It is gradient
     checkpointing cut finer; 8192 keeps a GPU busy."""
 
     tiled_mlp: bool = False
     """Run the feed-forward part of a layer on a tile of tokens at a time (ALST, arXiv 2506.13996)."""
 
-    mlp_tile: int | None = None
+    mlp_tile: Annotated[int | None, AtLeast(1, "tokens")] = None
     """Tokens of such a tile; default the width of the hidden states, as in ALST."""
 
     offload_optimizer: bool = False
@@ -57,18 +57,13 @@ class MemorySettings:
     """Share of that memory left free, for CUDA's context, fragmentation and the error of the prediction."""
 
     def __post_init__(self) -> None:
-        check_choice("--memory", self.memory, MEMORY)
-        check_choice("--loss-kernel", self.loss_kernel, LOSS_KERNELS)
+        super().__post_init__()
         if self.base_bits not in (None, 4):
             raise UserError(f"--base-bits is {self.base_bits}: it must be 4, or left out for a base as --dtype says.")
-        if self.mlp_tile is not None:
-            at_least("mlp-tile", self.mlp_tile, 1, "tokens")
-            if not self.tiled_mlp and self.memory == "manual":
-                raise UserError("--mlp-tile is the tile of --tiled-mlp: give that too, or leave it out.")
-        if self.layer_tile is not None:
-            at_least("layer-tile", self.layer_tile, 1, "tokens")
-            if self.tiled_mlp:
-                raise UserError("--tiled-mlp has no effect with --layer-tile, whose tiles hold the MLP: leave it out.")
+        if self.mlp_tile is not None and not self.tiled_mlp and self.memory == "manual":
+            raise UserError("--mlp-tile is the tile of --tiled-mlp: give that too, or leave it out.")
+        if self.layer_tile is not None and self.tiled_mlp:
+            raise UserError("--tiled-mlp has no effect with --layer-tile, whose tiles hold the MLP: leave it out.")
         if not 0 <= self.reserve < 1:
             raise UserError(f"--reserve is {self.reserve:g}: it must be a share from 0 up to, not including, 1.")
         _ = self.bytes_to_fit

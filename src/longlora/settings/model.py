@@ -5,8 +5,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Annotated
 
-from longlora.errors import UserError, check_choice
-from longlora.settings.fields import CommandSettings, Names, Tokens, at_least, choice
+from longlora.errors import UserError
+from longlora.settings.fields import AtLeast, Checked, CommandSettings, Names, Tokens, choice
 
 PATTERNS = ("shift", "shift-layers", "plain", "shifted", "cyclic", "dilated", "strided", "scatter", "full")
 CONTIGUOUS = ("shift", "shift-layers", "plain", "shifted", "scatter")
@@ -20,10 +20,10 @@ PACKINGS = ("concatenate", "isolate")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PositionSettings:
+class PositionSettings(Checked):
     """How the rotary positions are stretched (paper section 3.3)."""
 
-    context: int
+    context: Annotated[int, AtLeast(2, "tokens")]
     """Context length to train for and to write into the model's config, in tokens."""
 
     method: Annotated[str, choice(METHODS)] = "yarn"
@@ -34,8 +34,7 @@ class PositionSettings:
     2309.10400); default rows of `context` tokens, whose positions do not."""
 
     def __post_init__(self) -> None:
-        at_least("context", self.context, 2, "tokens")
-        check_choice("--method", self.method, METHODS)
+        super().__post_init__()
         if self.row_tokens is not None and not 2 <= self.row_tokens <= self.context:
             raise UserError(
                 f"--row-tokens is {self.row_tokens:,}: it must be from 2 tokens to the context, {self.context:,}."
@@ -48,14 +47,14 @@ class PositionSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatternOptions:
+class PatternOptions(Checked):
     """What may be added to a pattern of attention; the defaults add nothing."""
 
-    scatter_pieces: int | None = None
+    scatter_pieces: Annotated[int | None, AtLeast(1, "pieces")] = None
     """Earlier pieces that every block reads besides itself, drawn anew for each step, layer and set of heads; default
     1 for `scatter`, none for the others."""
 
-    scatter_piece_size: int | None = None
+    scatter_piece_size: Annotated[int | None, AtLeast(1, "tokens")] = None
     """Tokens a piece; default half a group."""
 
     scatter_heads: Annotated[str, choice(("all", "half"))] = "all"
@@ -64,19 +63,11 @@ class PatternOptions:
     scatter_weighted: bool = False
     """Let a drawn piece count for all those it was drawn from, as an unbiased estimate of full attention does."""
 
-    sink_tokens: int = 0
+    sink_tokens: Annotated[int, AtLeast(0, "tokens")] = 0
     """Tokens at the start of a document that every block reads (StreamingLLM, arXiv 2309.17453)."""
 
     vary_offset: bool = False
     """Begin the groups at a place drawn anew for each step and layer, instead of at a document's first token."""
-
-    def __post_init__(self) -> None:
-        if self.scatter_pieces is not None:
-            at_least("scatter-pieces", self.scatter_pieces, 1, "pieces")
-        if self.scatter_piece_size is not None:
-            at_least("scatter-piece-size", self.scatter_piece_size, 1, "tokens")
-        check_choice("--scatter-heads", self.scatter_heads, ("all", "half"))
-        at_least("sink-tokens", self.sink_tokens, 0, "tokens")
 
     def check(self, pattern: str) -> None:
         """Raises UserError where an option was given that `pattern` cannot have."""
@@ -98,14 +89,14 @@ class PatternOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionSettings:
+class AttentionSettings(Checked):
     """Attention while training (paper section 3.2). Evaluation always uses the model's own full attention."""
 
     pattern: Annotated[str, choice(PATTERNS)] = "shift"
     """Which tokens each head sees; `shift` is the paper's S2-Attn (table 2 names the others), `scatter` adds earlier
     pieces drawn at random."""
 
-    group_size: int | None = None
+    group_size: Annotated[int | None, AtLeast(2, "tokens")] = None
     """Tokens a group; default a quarter of the context (paper section 4.1, table 11)."""
 
     options: PatternOptions = PatternOptions()
@@ -113,7 +104,7 @@ class AttentionSettings:
     final_group_size: int | None = None
     """Let the group grow to this many tokens, doubling in equal parts of the training; default it does not grow."""
 
-    full_attention_steps: int = 0
+    full_attention_steps: Annotated[int, AtLeast(0, "steps")] = 0
     """Optimiser steps at the end of training with full attention, so that every distance is met at least then."""
 
     full_attention_layers: Tokens = ()
@@ -127,16 +118,13 @@ class AttentionSettings:
     written out (eager). One that cannot act here is an error; `auto` takes the first that can."""
 
     def __post_init__(self) -> None:
-        check_choice("--pattern", self.pattern, PATTERNS)
-        check_choice("--attention-backend", self.attention_backend, ATTENTION_BACKENDS)
+        super().__post_init__()
         if not 0 <= self.full_layers_share <= 1:
             raise UserError(f"--full-layers-share is {self.full_layers_share}: it must be a share from 0 to 1.")
         self.options.check(self.pattern)
-        at_least("full-attention-steps", self.full_attention_steps, 0, "steps")
         if self.group_size is not None:
-            at_least("group-size", self.group_size, 2, "tokens")
-        if self.final_group_size is not None and self.group_size is not None:
-            at_least("final-group-size", self.final_group_size, self.group_size, "tokens, the first --group-size")
+            not_less = AtLeast(self.group_size, "tokens, the first --group-size")
+            not_less.check("--final-group-size", self.final_group_size)
 
     def tokens_per_group(self, context: int) -> int:
         """The group size in tokens for a training context of `context` tokens, at the start of training."""
@@ -144,7 +132,7 @@ class AttentionSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusSettings:
+class CorpusSettings(Checked):
     """Documents and how they become training rows (paper section 4.1 concatenates)."""
 
     data: tuple[str, ...] = ()
@@ -160,7 +148,7 @@ class CorpusSettings:
     special_tokens: bool = False
     """Take the letters of a special token (`<|endoftext|>`) in a document for that token; else they are letters."""
 
-    skip_malformed: int = 0
+    skip_malformed: Annotated[int, AtLeast(0, "records")] = 0
     """Malformed records (no JSON, no text in the field) to pass over, counted and named; one more is an error."""
 
     packing: Annotated[str, choice(PACKINGS)] = "concatenate"
@@ -174,19 +162,18 @@ class CorpusSettings:
     the others; ProLong, arXiv 2410.02660, found 60% long best), or by source as named in `data`,
     `books/=0.7,hub:NAME=0.3`. Training ends an epoch where one of them runs out. Default: as the data comes."""
 
-    max_tokens: int | None = None
+    max_tokens: Annotated[int | None, AtLeast(1, "tokens")] = None
     """Stop reading after this many tokens; for streamed corpora that never end."""
 
     cache: str | None = None
     """Folder of the tokenised corpus; default `$LONGLORA_CACHE`, else `~/.cache/longlora`."""
 
     def __post_init__(self) -> None:
-        check_choice("--packing", self.packing, PACKINGS)
+        super().__post_init__()
         if self.mix and self.prefer_long:
             raise UserError("--mix and --prefer-long both say which documents come first: leave one of them out.")
         if self.mix:
             self.shares()
-        at_least("skip-malformed", self.skip_malformed, 0, "records")
         if self.encoding != "auto":
             try:
                 codecs.lookup(self.encoding)
@@ -194,8 +181,6 @@ class CorpusSettings:
                 raise UserError(
                     f"--encoding {self.encoding} is unknown: give auto, or a name such as utf-8, cp1252 or gb18030."
                 ) from error
-        if self.max_tokens is not None:
-            at_least("max-tokens", self.max_tokens, 1, "tokens")
 
     @property
     def in_order(self) -> bool:
@@ -239,12 +224,8 @@ class CacheSettings(CommandSettings):
     cache: str | None = None
     """The folder; default `$LONGLORA_CACHE`, else `~/.cache/longlora`."""
 
-    unused_days: float | None = None
+    unused_days: Annotated[float | None, AtLeast(0, "days")] = None
     """Remove what was not used for so many days; 0 removes all."""
 
     unfinished: bool = False
     """Remove what was begun and not finished, which would be gone on with."""
-
-    def __post_init__(self) -> None:
-        if self.unused_days is not None:
-            at_least("unused-days", self.unused_days, 0, "days")

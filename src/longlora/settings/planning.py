@@ -5,10 +5,10 @@ from typing import Annotated, ClassVar
 
 import tyro
 
-from longlora.errors import UserError, check_choice
+from longlora.errors import UserError
 from longlora.settings.evaluation import PerplexitySettings
 from longlora.settings.extension import TrainableSettings, TrainingSettings
-from longlora.settings.fields import CommandSettings, LoadSettings, at_least, choice
+from longlora.settings.fields import AtLeast, CommandSettings, LoadSettings, choice
 from longlora.settings.memory import MemorySettings
 from longlora.settings.model import AttentionSettings, CorpusSettings, PositionSettings
 
@@ -57,7 +57,7 @@ class PlanSettings(CommandSettings):
     evaluation_data: tuple[str, ...] = ()
     """Handed on to the recipe."""
 
-    gpus: int = 1
+    gpus: Annotated[int, AtLeast(1)] = 1
     """GPUs that train together."""
 
     device: Annotated[str, choice(tuple(DEVICES))] = "a100"
@@ -72,7 +72,7 @@ class PlanSettings(CommandSettings):
     shard: bool = False
     """Divide weights, gradients and optimizer over the GPUs (FSDP2); default each GPU has them all."""
 
-    context_parallel: int = 1
+    context_parallel: Annotated[int, AtLeast(1)] = 1
     """GPUs that share each row."""
 
     measure: bool = False
@@ -83,17 +83,14 @@ class PlanSettings(CommandSettings):
     """`gpu` is CUDA's allocator; `fake` is PyTorch's fake tensors, which hold no data and take no memory; `process` is
     the peak of this process on the CPU; `auto` is the GPU where there is one, else `fake`."""
 
-    measure_layers: int | None = None
+    measure_layers: Annotated[int | None, AtLeast(1)] = None
     """Measure a model of this many layers, beside a prediction for as many; default all."""
 
-    measure_limit: int | None = None
+    measure_limit: Annotated[int | None, AtLeast(1)] = None
     """Longest context to measure, in tokens; default `--context`."""
 
     def __post_init__(self) -> None:
-        check_choice("--device", self.device, DEVICES)
-        check_choice("--measure-by", self.measure_by, MEASURES)
-        at_least("gpus", self.gpus, 1)
-        at_least("context-parallel", self.context_parallel, 1)
+        super().__post_init__()
         if self.gpus % self.context_parallel:
             raise UserError(
                 f"--context-parallel is {self.context_parallel}: it must divide --gpus, {self.gpus}, so that each row "
@@ -119,8 +116,6 @@ class PlanSettings(CommandSettings):
             flag, given = name.replace("_", "-"), getattr(self, name)
             if given not in (None, "auto") and not self.measure:
                 raise UserError(f"--{flag} is for --measure: give that too, or leave it out.")
-            if isinstance(given, int):
-                at_least(flag, given, 1)
         if self.measure_by == "process" and (self.memory.offload_activations or self.memory.offload_optimizer):
             raise UserError(
                 "--measure-by process runs on the CPU, whose memory is the host's, and there is nowhere to offload to: "

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import tyro
 
-from longlora.errors import UserError, check_choice
-from longlora.settings.fields import CommandSettings, Names, Tokens, at_least, choice
+from longlora.errors import UserError
+from longlora.settings.fields import AtLeast, CommandSettings, Names, Tokens, choice
 from longlora.settings.model import METHODS
 
 STUDIES = ("attention-study",)
@@ -40,17 +40,17 @@ class ReproduceSettings(CommandSettings):
     """Folder of the cells' run directories and of the result; default `runs/reproduce`, which all tables share, or
     `runs/NAME` for a study."""
 
-    context: int | None = None
+    context: Annotated[int | None, AtLeast(2, "tokens")] = None
     """Longest context to extend to, in tokens; default eight times the model's window. Tables that vary the context
     have its half and its quarter too."""
 
     method: Annotated[str, choice(METHODS)] = "yarn"
     """How positions are stretched in the cells that train; the paper's is `linear`."""
 
-    steps: int = 30
+    steps: Annotated[int, AtLeast(1)] = 30
     """Optimiser steps a cell."""
 
-    batch: int = 2
+    batch: Annotated[int, AtLeast(1)] = 2
     """Rows of the longest context a step; shorter rows are as many as make as many tokens."""
 
     lr: float | None = None
@@ -66,10 +66,10 @@ class ReproduceSettings(CommandSettings):
     reuse: tuple[str, ...] = ()
     """Outputs of other reproductions whose trained cells are taken over where their settings are the same."""
 
-    minutes: float | None = None
+    minutes: Annotated[float | None, AtLeast(0)] = None
     """Begin no new cell after this many minutes; the same command goes on with what is left."""
 
-    jobs: int = 1
+    jobs: Annotated[int, AtLeast(1)] = 1
     """Cells at a time, each in a process of its own; on several GPUs each takes one."""
 
     pages: str | None = None
@@ -77,13 +77,6 @@ class ReproduceSettings(CommandSettings):
     heading stays."""
 
     def __post_init__(self) -> None:
-        check_choice("table or study", self.name, REPRODUCTIONS)
-        check_choice("--method", self.method, METHODS)
-        for name in ("steps", "batch", "jobs"):
-            at_least(name, getattr(self, name), 1)
-        if self.context is not None:
-            at_least("context", self.context, 2, "tokens")
-        if self.minutes is not None:
-            at_least("minutes", self.minutes, 0)
+        super().__post_init__()
         if self.lr is not None and not self.lr > 0:
             raise UserError(f"--lr is {self.lr}: it must be above 0.")

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from longlora.errors import UserError, check_choice
+from longlora.errors import UserError
 from longlora.settings.evaluation import EvaluatedModelsSettings
-from longlora.settings.fields import Tokens, at_least, choice
+from longlora.settings.fields import AtLeast, Tokens, choice
 
 CHOICES = ("auto", "yes", "no")
 
@@ -29,10 +29,10 @@ class RetrievalSettings(EvaluatedModelsSettings):
     bos: Annotated[str, choice(CHOICES)] = "auto"
     """Begin the prompt with the tokenizer's BOS token; `auto` does what the tokenizer or the template does."""
 
-    seed: int = 0
+    seed: Annotated[int, AtLeast(0)] = 0
     """Where the generated questions start from; one seed asks every model the same."""
 
-    evaluation_batch: int = 0
+    evaluation_batch: Annotated[int, AtLeast(0, "prompts")] = 0
     """Prompts a forward pass, or requests that a server has at a time; 0 chooses."""
 
     server: str | None = None
@@ -41,10 +41,6 @@ class RetrievalSettings(EvaluatedModelsSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("--chat", self.chat, CHOICES)
-        check_choice("--bos", self.bos, CHOICES)
-        at_least("seed", self.seed, 0)
-        at_least("evaluation-batch", self.evaluation_batch, 0, "prompts")
         if self.server is not None and (len(self.models) > 1 or self.baseline or self.extend_to):
             raise UserError("--server has one model, as it is: leave further models, --baseline and --extend-to out.")
         if self.system is not None and self.chat == "no":
@@ -55,36 +51,29 @@ class RetrievalSettings(EvaluatedModelsSettings):
 class PasskeySettings(RetrievalSettings):
     """Passkey retrieval: one number hidden in filler, asked for at the end (paper section 4.2)."""
 
-    contexts: Tokens = ()
+    contexts: Annotated[Tokens, AtLeast(2, "tokens")] = ()
     """Lengths of prompt and answer in tokens; default every doubling from the original window to the present one.
     With `interval`, the longest length (one number)."""
 
-    depths: int | None = None
+    depths: Annotated[int | None, AtLeast(1)] = None
     """Places of the key, evenly spaced from the start (0) to the end (1) of the filler; default 5."""
 
-    trials: int = 5
+    trials: Annotated[int, AtLeast(1)] = 5
     """Prompts for each context and depth; with `interval`, for each length (the original takes 10)."""
 
-    keys: int = 1
+    keys: Annotated[int, AtLeast(1)] = 1
     """Keys in a prompt, each with a name; one of them is asked for."""
 
-    interval: int | None = None
+    interval: Annotated[int | None, AtLeast(SHORTEST_INTERVAL, "tokens")] = None
     """The original's prompts instead of the grid: lengths at each multiple of this many tokens (roughly, at 3.75
     characters of filler a token), the key anywhere, trial i drawn with seed i."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for context in self.contexts:
-            at_least("contexts", context, 2, "tokens")
-        at_least("trials", self.trials, 1)
-        at_least("keys", self.keys, 1)
-        if self.depths is not None:
-            at_least("depths", self.depths, 1)
         if self.keys > MOST_KEYS:
             raise UserError(f"--keys is {self.keys}: a prompt holds at most {MOST_KEYS}, one for each name.")
         if self.interval is None:
             return
-        at_least("interval", self.interval, SHORTEST_INTERVAL, "tokens")
         for name, given in (("depths", self.depths is not None), ("keys", self.keys > 1), ("seed", self.seed != 0)):
             if given:
                 raise UserError(
@@ -101,17 +90,14 @@ class LongEvalSettings(RetrievalSettings):
     data: tuple[str, ...] = ()
     """Test-case files of LongChat (`10_topics.jsonl`, `200_lines.jsonl`, …); default: make new cases."""
 
-    trials: int = 50
+    trials: Annotated[int, AtLeast(1)] = 50
     """Cases of each length (LongEval: 50), of a file its first."""
 
-    max_context: int | None = None
+    max_context: Annotated[int | None, AtLeast(2, "tokens")] = None
     """Longest prompt with its answer, in tokens; longer cases are counted and not run. Default the model's window."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("trials", self.trials, 1)
-        if self.max_context is not None:
-            at_least("max-context", self.max_context, 2, "tokens")
         if self.data and self.seed:
             raise UserError("--seed has no effect on the cases of --data: leave it out.")
 
@@ -120,7 +106,7 @@ class LongEvalSettings(RetrievalSettings):
 class TopicsSettings(LongEvalSettings):
     """LongEval's coarse retrieval: which of many topics of a long conversation came first (paper table 6)."""
 
-    topics: Tokens = ()
+    topics: Annotated[Tokens, AtLeast(1)] = ()
     """Topics a conversation; default 5, 10, 15, 20, 25 (LongEval), with `data` whatever the files hold."""
 
     topic_list: str | None = None
@@ -129,8 +115,6 @@ class TopicsSettings(LongEvalSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for number in self.topics:
-            at_least("topics", number, 1)
         if self.data and self.topic_list:
             raise UserError("--topic-list makes new cases and --data brings ready ones: leave one of them out.")
 
@@ -139,10 +123,5 @@ class TopicsSettings(LongEvalSettings):
 class LinesSettings(LongEvalSettings):
     """LongEval's fine retrieval: the number in one of many lines (the harder half of LongEval)."""
 
-    lines: Tokens = ()
+    lines: Annotated[Tokens, AtLeast(1)] = ()
     """Lines a prompt; default 200, 300, 400, 500, 600, 680 (LongEval), with `data` whatever the files hold."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for number in self.lines:
-            at_least("lines", number, 1)

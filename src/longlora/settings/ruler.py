@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from longlora.errors import UserError
-from longlora.settings.fields import Names, Tokens, at_least, choice
+from longlora.settings.fields import AtLeast, Names, Tokens, choice
 from longlora.settings.retrieval import CHOICES, RetrievalSettings
 
 RULER_BARS = {True: 85.6, False: 79.4}
@@ -21,13 +21,13 @@ def _without_server(settings: RetrievalSettings) -> None:
 class RulerSettings(RetrievalSettings):
     """RULER's synthetic tasks at any lengths, and the effective length (arXiv 2404.06654); needs `longlora[eval]`."""
 
-    contexts: Tokens = ()
+    contexts: Annotated[Tokens, AtLeast(2, "tokens")] = ()
     """Lengths of prompt and answer in tokens; default every doubling from the original window to the present one."""
 
     tasks: Names = ()
     """RULER tasks by lm-eval's names, such as niah_single_1 or ruler_vt; default all whose data is at hand."""
 
-    trials: int = 20
+    trials: Annotated[int, AtLeast(1)] = 20
     """Samples of each task at each context (the paper: 500)."""
 
     threshold: str = "auto"
@@ -39,9 +39,6 @@ class RulerSettings(RetrievalSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for context in self.contexts:
-            at_least("contexts", context, 2, "tokens")
-        at_least("trials", self.trials, 1)
         _without_server(self)
         self.bar(chat=True)
 
@@ -74,10 +71,10 @@ class EvaluateTasksSettings(RetrievalSettings):
     tasks: Names = ()
     """lm-eval tasks, groups or tags by name (`lm-eval ls tasks`), or .yaml files; they fetch their own data sets."""
 
-    context: int | None = None
+    context: Annotated[int | None, AtLeast(2, "tokens")] = None
     """Tokens that a request and its answer may have; default the model's window."""
 
-    limit: int | None = None
+    limit: Annotated[int | None, AtLeast(1, "samples")] = None
     """Only the first this many samples of each task."""
 
     chat: Annotated[str, choice(CHOICES)] = "no"
@@ -90,7 +87,3 @@ class EvaluateTasksSettings(RetrievalSettings):
         _without_server(self)
         if self.seed:
             raise UserError("--seed has no effect on lm-eval's tasks, which have seeds of their own: leave it out.")
-        if self.limit is not None:
-            at_least("limit", self.limit, 1, "samples")
-        if self.context is not None:
-            at_least("context", self.context, 2, "tokens")

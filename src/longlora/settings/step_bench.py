@@ -7,7 +7,7 @@ import tyro
 
 from longlora.errors import UserError, check_choice
 from longlora.settings.extension import OptimisationSettings, TrainableSettings, TrainingSettings
-from longlora.settings.fields import CommandSettings, LoadSettings, Names, Tokens, at_least, choice
+from longlora.settings.fields import AtLeast, CommandSettings, LoadSettings, Names, Tokens, choice
 from longlora.settings.memory import LAYER_TILE, MemorySettings
 from longlora.settings.model import AttentionSettings, PatternOptions
 
@@ -27,13 +27,13 @@ class MeasuredStepSettings(CommandSettings):
     model: tyro.conf.Positional[str]
     """A built-in shape (`smollm2-135m`, `llama2-7b`, …) or MODEL; only the config is read, the weights are random."""
 
-    context: Tokens = (8192,)
+    context: Annotated[Tokens, AtLeast(2, "tokens")] = (8192,)
     """Tokens a row; several with commas."""
 
-    layers: int | None = None
+    layers: Annotated[int | None, AtLeast(1)] = None
     """Take a model of this many layers; default all."""
 
-    rows: int = 1
+    rows: Annotated[int, AtLeast(1)] = 1
     """Rows a step, all on the device at a time."""
 
     attention: AttentionSettings = AttentionSettings()
@@ -42,7 +42,7 @@ class MeasuredStepSettings(CommandSettings):
     dtype: Annotated[str, choice(STEP_DTYPES)] = OptimisationSettings.dtype
     """Arithmetic of the forward and backward pass."""
 
-    loss_chunk: int = OptimisationSettings.loss_chunk
+    loss_chunk: Annotated[int, AtLeast(1)] = OptimisationSettings.loss_chunk
     """Tokens whose logits exist at one time in our steps; the plain one has all of them."""
 
     loading: LoadSettings = LoadSettings()
@@ -51,13 +51,7 @@ class MeasuredStepSettings(CommandSettings):
     """Seed of the weights and of the tokens."""
 
     def __post_init__(self) -> None:
-        for context in self.context:
-            at_least("context", context, 2, "tokens")
-        for name in ("rows", "loss_chunk"):
-            at_least(name.replace("_", "-"), getattr(self, name), 1)
-        if self.layers is not None:
-            at_least("layers", self.layers, 1)
-        check_choice("--dtype", self.dtype, STEP_DTYPES)
+        super().__post_init__()
         if self.attention.pattern == "full":
             raise UserError("--pattern is full, which every pattern is measured against: give another one.")
         for name in ("full_attention_steps", "final_group_size"):
@@ -88,7 +82,7 @@ class BenchStepSettings(MeasuredStepSettings):
     ways: Names = STEP_WAYS
     """Which of s2, full and plain to time, in turn; our result is checked against plain's in any case."""
 
-    repeats: int = 3
+    repeats: Annotated[int, AtLeast(1)] = 3
     """Timed rounds after one warm-up; medians are reported."""
 
     device: str = "auto"
@@ -100,7 +94,6 @@ class BenchStepSettings(MeasuredStepSettings):
             check_choice("--ways part", name, STEP_WAYS)
         if not self.ways:
             raise UserError(f"--ways is empty: give any of {', '.join(STEP_WAYS)}.")
-        at_least("repeats", self.repeats, 1)
         self.memory.check(self.gradient_checkpointing, self.trainable.train)
         self.memory.check_budget_is_used()
         if self.memory.memory == "auto":
