@@ -67,9 +67,7 @@ class AtLeast:
     def check(self, flag: str, given: Any) -> None:
         """Raises UserError where `given` is a number below that."""
         if isinstance(given, int | float) and given < self.least:
-            raise UserError(
-                f"{flag} is {given}: it must be at least {self.least}{' ' + self.unit if self.unit else ''}."
-            )
+            raise UserError(f"{flag} is {given}: it must be at least {f'{self.least} {self.unit}'.rstrip()}.")
 
 
 class Checked:
@@ -80,8 +78,9 @@ class Checked:
     """
 
     def __post_init__(self) -> None:
-        for name, allowed in _allowed(type(self)):
-            flag, given = "--" + name.replace("_", "-"), getattr(self, name)
+        kind: Any = type(self)
+        for name, flag, allowed in _allowed(kind):
+            given = getattr(self, name)
             for each in given if isinstance(given, tuple) else (given,):
                 if isinstance(allowed, AtLeast):
                     allowed.check(flag, each)
@@ -90,15 +89,15 @@ class Checked:
 
 
 @functools.cache
-def _allowed(kind: type) -> list[tuple[str, AtLeast | list[str]]]:
-    """What each field may be: a number of `AtLeast`, or one of the names that `choice` shows as its metavar."""
-    found: list[tuple[str, AtLeast | list[str]]] = []
+def _allowed(kind: Any) -> list[tuple[str, str, AtLeast | list[str]]]:
+    """(field, what people call it, a least number or the names that `choice` shows as its metavar)."""
+    found: list[tuple[str, str, AtLeast | list[str]]] = []
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        for more in getattr(hint, "__metadata__", ()):
-            if isinstance(more, AtLeast):
-                found.append((name, more))
-            elif str(getattr(more, "metavar", "")).startswith("{"):
-                found.append((name, more.metavar.strip("{}").split(",")))
+        stated = getattr(hint, "__metadata__", ())
+        flag = name if any("Positional" in repr(each) for each in stated) else "--" + name.replace("_", "-")
+        found += [(name, flag, each) for each in stated if isinstance(each, AtLeast)]
+        shown = [str(each.metavar) for each in stated if getattr(each, "metavar", None)]
+        found += [(name, flag, each.strip("{}").split(",")) for each in shown if each.startswith("{")]
     return found
 
 
