@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from longlora import ranks
 from longlora.errors import Unfinished, UserError
-from longlora.whole_files import is_full, read_json, what_is_wrong, write_whole
+from longlora.whole_files import is_full, read_json, what_is_wrong, write_json, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ class RunDirectory:
                 )
             logger.warning("%s: going on with it, and measuring anew", words)
             self.forget_evaluation()
-        write_whole(self.content_file, json.dumps(content, indent=1) + "\n")
+        write_json(self.content_file, content)
 
     def forget_evaluation(self) -> None:
         """What was measured no longer belongs to the run as it goes on."""
@@ -277,7 +277,7 @@ class RunDirectory:
             return
         with self.writing():
             self.evaluation.mkdir(exist_ok=True)
-            write_whole(self.evaluation / f"{name}.json", json.dumps(document, indent=1) + "\n")
+            write_json(self.evaluation / f"{name}.json", document)
 
     def read_evaluation(self, name: str) -> dict[str, Any] | None:
         """A measurement that was kept whole, or None."""

@@ -26,11 +26,16 @@ def write_whole(file: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
+def write_json(file: Path, document: Any, ascii: bool = True) -> None:
+    """`write_whole` of a document as JSON; `ascii` writes other letters as their numbers."""
+    write_whole(file, json.dumps(document, indent=1, ensure_ascii=ascii) + "\n")
+
+
 def write_manifest(folder: Path) -> None:
     """Note size and SHA-256 of every file below `folder`: what was written is then known to be whole."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
     noted = {str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
-    write_whole(folder / MANIFEST, json.dumps(noted, indent=1) + "\n")
+    write_json(folder / MANIFEST, noted)
 
 
 def what_is_wrong(folder: Path, verify: bool) -> str | None:

@@ -84,14 +84,7 @@ class ChatModel:
     """
 
     def __init__(self, settings: ChatSettings) -> None:
-        loading = settings.loading
-        model, tokenizer = load(
-            settings.model,
-            dtype=settings.dtype,
-            device="auto",
-            trust_remote_code=loading.trust_remote_code,
-            revision=loading.revision,
-        )
+        model, tokenizer = load(settings.model, dtype=settings.dtype, device="auto", **vars(settings.loading))
         self.name = Path(settings.model).name if Path(settings.model).exists() else settings.model
         self.tokenizer = tokenizer
         self.window = window(model.config)

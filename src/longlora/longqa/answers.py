@@ -81,7 +81,7 @@ def _problem(text: str, prompt: str) -> str:
         return "refusal"
     if repetition(text) > MOST_REPEATED:
         return "repetition"
-    if _plain(text) in _plain(prompt.rpartition("\n")[2]):  # "Now the material ends." and the question
+    if plain(text) in plain(prompt.rpartition("\n")[2]):  # "Now the material ends." and the question
         return "echo"
     return ""
 
@@ -90,7 +90,8 @@ def _letters(text: str) -> int:
     return sum(character.isalnum() for character in text)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """`text` as far as it tells two texts apart: without case and spacing."""
     return " ".join(text.casefold().split())
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from longlora.errors import UserError, printable
-from longlora.longqa.answers import Answer
+from longlora.longqa.answers import Answer, plain
 from longlora.longqa.pair_files import GrowingPairs
 from longlora.longqa.pairs import question_and_answer
 from longlora.longqa.planning import Plan, Task, task_key
@@ -49,7 +49,7 @@ def build_pairs(settings: BuildLongQASettings) -> dict[str, Any]:
     growing = GrowingPairs(settings.output, settings.resume) if settings.output else None
     present = growing.present() if growing else []
     done = {task_key(pair) for pair in present}
-    answers = {_plain(pair.answer) for pair in present}
+    answers = {plain(pair.answer) for pair in present}
     there = len(present)
     del present  # with all their material
     reached = _endpoint(settings) if settings.teacher_url and not settings.dry_run else None
@@ -78,14 +78,14 @@ def build_pairs(settings: BuildLongQASettings) -> dict[str, Any]:
                 asked = ((task, task.prompt) for task in plan.tasks() if task.key not in done)
                 for task, answer in teacher.answer_each(asked):
                     tokens.update({"in": answer.prompt_tokens, "out": answer.answer_tokens})
-                    plain = _plain(answer.text)
-                    problem = answer.problem or ("answer given before" if plain in answers else "")
+                    said = plain(answer.text)
+                    problem = answer.problem or ("answer given before" if said in answers else "")
                     if problem:
                         _count(skipped, problem, answer, task)
                     else:
                         source = task.source | {"teacher": teacher.name} | ({"cut": True} if answer.cut else {})
                         growing.append(question_and_answer(task.prompt, answer.text, task.category, source))
-                        answers.add(plain)
+                        answers.add(said)
                         added += 1
                     left_out = sum(skipped.values())
                     progress.show(added + left_out, f"{added:,} pairs, {left_out:,} skipped")
@@ -112,18 +112,13 @@ def _require_apart(settings: BuildLongQASettings) -> None:
             )
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
 def _tokenizer(settings: BuildLongQASettings) -> Any:
     name = settings.tokenizer or (None if settings.teacher_url else settings.teacher)
     if name is None:
         return None
     from longlora.model.loading import load_tokenizer
 
-    loading = settings.loading
-    return load_tokenizer(name, trust_remote_code=loading.trust_remote_code, revision=loading.revision)
+    return load_tokenizer(name, **vars(settings.loading))
 
 
 def _endpoint(settings: BuildLongQASettings) -> Teacher:

@@ -6,10 +6,12 @@ from typing import Any
 
 from longlora.corpus.conversations import ConversationFormat
 from longlora.errors import UserError, printable
+from longlora.longqa.answers import plain
 from longlora.longqa.pair_files import Malformed, iterate_pairs
 from longlora.longqa.pairs import Pair
 from longlora.progress import Progress
 from longlora.settings import CheckLongQASettings
+from longlora.tables import aligned
 
 SHOWN = 10
 """Places named to people for each kind of fault; the JSON names all."""
@@ -51,7 +53,7 @@ def check_pairs(settings: CheckLongQASettings) -> dict[str, Any]:
             lengths.append(length)
             categories[pair.category or UNNAMED] += 1
             teachers[str(pair.source.get("teacher", UNNAMED))] += 1
-            prompt, answer = hash(_plain(pair.prompt)), hash(_plain(pair.answer))
+            prompt, answer = hash(plain(pair.prompt)), hash(plain(pair.answer))
             for kind, key in (("pairs", hash((prompt, answer))), ("prompts", prompt), ("answers", answer)):
                 places[kind][key].append(pair.where)
             if settings.context is not None and length[2] > settings.context:
@@ -87,10 +89,7 @@ def _characters(pair: Pair) -> tuple[int, int, int]:
 def _tokens_in_training(settings: CheckLongQASettings) -> Measure:
     from longlora.model.loading import load_tokenizer
 
-    loading = settings.loading
-    tokenizer = load_tokenizer(
-        str(settings.tokenizer), trust_remote_code=loading.trust_remote_code, revision=loading.revision
-    )
+    tokenizer = load_tokenizer(str(settings.tokenizer), **vars(settings.loading))
     conversations = ConversationFormat(tokenizer, settings.prompt_format)
 
     def measure(pair: Pair) -> tuple[int, int, int]:
@@ -122,19 +121,14 @@ def _duplicates(places: dict[str, dict[int, list[str]]]) -> dict[str, list[list[
     return groups
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
 def report(result: dict[str, Any]) -> str:
     """The check for people."""
     lines = [f"{result['file']}: {result['pairs']:,} pairs, {len(result['malformed']):,} malformed records"]
     if result["pairs"]:
         names = ("least", "median", "p90", "most", "total")
-        titles = ("least", "median", "90%", "most", "total")
-        lines += ["", f"{result['unit']:<12}" + "".join(f"{title:>14}" for title in titles)]
-        for part, spread in result["lengths"].items():
-            lines.append(f"{part:<12}" + "".join(f"{spread[name]:>14,}" for name in names))
+        sizes = [[f"{spread[name]:,}" for name in names] for spread in result["lengths"].values()]
+        grid = [[part, *row] for part, row in zip(result["lengths"], sizes, strict=True)]
+        lines += ["", aligned([[result["unit"], *names[:2], "90%", *names[3:]], *grid])]
         for what in ("categories", "teachers"):
             if set(result[what]) != {UNNAMED}:
                 lines += ["", f"{what}: " + ", ".join(f"{name} {count:,}" for name, count in result[what].items())]

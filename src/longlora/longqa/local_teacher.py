@@ -23,7 +23,7 @@ Key = TypeVar("Key")
 
 def require_room(model: str, prompt_tokens: int, answer_tokens: int, loading: LoadSettings) -> None:
     """Raises UserError if a prompt of so many tokens and its answer do not fit the window of `model`."""
-    config = load_config(model, trust_remote_code=loading.trust_remote_code, revision=loading.revision)
+    config = load_config(model, **vars(loading))
     width = window(config)
     if width is not None and prompt_tokens + answer_tokens > width:
         raise UserError(
@@ -42,9 +42,7 @@ class LocalTeacher:
         """
         self.name = Path(model).name if Path(model).exists() else model
         self.answer_tokens, self.batch = answer_tokens, batch
-        self.model, tokenizer = load(
-            model, device="auto", trust_remote_code=loading.trust_remote_code, revision=loading.revision
-        )
+        self.model, tokenizer = load(model, device="auto", **vars(loading))
         self.tokenizer: Any = tokenizer
         self.window = window(self.model.config)
         self.conversations = ConversationFormat(tokenizer) if tokenizer.chat_template else None

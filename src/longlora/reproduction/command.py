@@ -1,26 +1,21 @@
 """`longlora reproduce NAME`: run what a table or study lacks, print it, and judge what is claimed of it."""
 
-import json
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from longlora.bench.machine import choose_device, hardware
-from longlora.errors import UserError, nearest
 from longlora.reproduction import figures
-from longlora.reproduction.base import base_settings, window_of
+from longlora.reproduction.base import about, base_settings, refuse_mistakes, window_of
 from longlora.reproduction.entries import Table, size
 from longlora.reproduction.flops_table import flops_table
-from longlora.reproduction.page import write_page
+from longlora.reproduction.page import places, write_result
 from longlora.reproduction.paper import PAPER
 from longlora.reproduction.real_model import real_model
 from longlora.reproduction.table_document import about_paper, document_of, gather, grid, numbers, paper_grid, words
-from longlora.reproduction.table_runs import Job, jobs_of, run_jobs
+from longlora.reproduction.table_runs import jobs_of, run_jobs
 from longlora.reproduction.tables import TABLES
-from longlora.run_directory import versions, write_whole
 from longlora.settings import STUDIES, ReproduceSettings
-from longlora.tables import aligned, csv, markdown
+from longlora.tables import aligned, markdown
 
 
 def reproduce(settings: ReproduceSettings) -> dict[str, Any]:
@@ -42,55 +37,29 @@ def reproduce(settings: ReproduceSettings) -> dict[str, Any]:
         return real_model(settings)
     folder = Path(settings.output or ("runs/" + (settings.name if settings.name in STUDIES else "reproduce")))
     sizes = size(window_of(settings), settings.context, settings.steps)
-    _refuse_documents_that_differ(settings)
     base = base_settings(settings, sizes.top)
     tables = TABLES[settings.name](sizes)
     seeds = settings.seeds or ((0, 1, 2) if settings.name in STUDIES else (0,))
     everything = jobs_of(tables, base, seeds, folder)
-    run_jobs(_chosen(everything, settings), settings.jobs, settings.minutes, settings.reuse)
-    about: dict[str, Any] = {
-        "name": settings.name,
-        "model": settings.model,
-        "data": ", ".join(settings.data),
-        "evaluation_data": ", ".join(settings.evaluation_data) or "a held-out part of the standard library",
+    refuse_mistakes(settings, dict.fromkeys(job.cell.name for job in everything))
+    chosen = [job for job in everything if not settings.only or job.cell.name in settings.only]
+    run_jobs(chosen, settings.jobs, settings.minutes, settings.reuse)
+    shared = about(settings) | {
         "method": settings.method,
         "contexts": list(sizes.contexts),
-        "steps": settings.steps,
         "tokens": settings.steps * base.training.batch * sizes.top,
         "seeds": list(seeds),
         "command": _command(settings),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": hardware(choose_device("auto")),
-        "versions": versions(),
         "left": [f"{job.cell.name}, seed {job.cell.seed}" for job in everything if not job.is_finished()],
     }
     paper = PAPER.get(settings.name)
-    made = [about | document_of(table, gather(table, base, seeds, folder), paper) for table in tables]
+    made = [shared | document_of(table, gather(table, base, seeds, folder), paper) for table in tables]
     document = made[0]
     if settings.name in STUDIES:
-        own = [{name: value for name, value in each.items() if name not in about} for each in made]
-        document = about | {"tables": [{"part": table.part, **each} for table, each in zip(tables, own, strict=True)]}
+        own = [{name: value for name, value in each.items() if name not in shared} for each in made]
+        document = shared | {"tables": [{"part": table.part, **each} for table, each in zip(tables, own, strict=True)]}
     _write(document, made, tables, folder, settings)
     return document
-
-
-def _refuse_documents_that_differ(settings: ReproduceSettings) -> None:
-    if "stdlib" not in settings.data and not settings.evaluation_data:
-        raise UserError(
-            f"--evaluation-data is missing: {settings.name} measures every cell on the same documents, and those held "
-            "out of --data would change with the context; name some that are not in --data."
-        )
-
-
-def _chosen(jobs: list[Job], settings: ReproduceSettings) -> list[Job]:
-    names = list(dict.fromkeys(job.cell.name for job in jobs))
-    for name in settings.only:
-        if name not in names:
-            raise UserError(
-                f"--only names '{name}', which is no cell of {settings.name}: it has {', '.join(names)}. "
-                f"{nearest(name, names)}".rstrip()
-            )
-    return [job for job in jobs if not settings.only or job.cell.name in settings.only]
 
 
 def _command(settings: ReproduceSettings) -> str:
@@ -113,25 +82,18 @@ def _write(
     folder: Path,
     settings: ReproduceSettings,
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / f"{settings.name}.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    places = [folder, *([Path(settings.pages)] if settings.pages else [])]
-    drawn = []
-    for place in places:
-        place.mkdir(parents=True, exist_ok=True)
-        files = [place / (table.part or settings.name) for table in tables]
-        for file, table, each in zip(files, tables, made, strict=True):
-            write_whole(file.with_suffix(".csv"), csv(numbers(each)))
-            drawn.append(file.name if figures.save(each, table.figure, file) else "")
-    text = page_text(made, drawn[: len(tables)])
-    write_whole(folder / f"{settings.name}.md", text)
-    if settings.pages:
-        write_page(Path(settings.pages) / f"{settings.name}.md", text)
+    grids, drawn = {}, []
+    for table, each in zip(tables, made, strict=True):
+        name = table.part or settings.name
+        grids[name] = numbers(each)
+        saved = [figures.save(each, table.figure, place / name) for place in places(settings, folder)]
+        drawn.append(name if all(saved) else "")
+    write_result(settings, folder, document, page_text(made, drawn), grids)
     if not settings.json:
         parts = [_left(document)]
         for each in reversed(made):
-            grids = [aligned(grid(each)), aligned(paper_grid(each))]
-            parts = [each["title"], *grids, about_paper(each), *each["notes"], "\n".join(words(each)), *parts]
+            printed = [aligned(grid(each)), aligned(paper_grid(each))]
+            parts = [each["title"], *printed, about_paper(each), *each["notes"], "\n".join(words(each)), *parts]
         print("\n\n".join(filter(None, parts)))
 
 

@@ -1,17 +1,16 @@
 """The paper's table 7, computed: FLOPs of one forward pass by part, with full attention and with S²."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from longlora.planner.flops import forward_flops
 from longlora.planner.reading import read_anatomy
 from longlora.planner.shapes import find_config
-from longlora.reproduction.page import write_page
+from longlora.reproduction.page import write_result
 from longlora.reproduction.paper import TABLE_7
-from longlora.run_directory import versions, write_whole
+from longlora.run_directory import versions
 from longlora.settings import LoadSettings, ReproduceSettings, TrainableSettings
-from longlora.tables import aligned, csv, markdown
+from longlora.tables import aligned, markdown
 
 MODEL = "llama2-7b"
 PARTS = ("attention", "projection", "ffn", "other", "total")
@@ -46,13 +45,7 @@ def flops_table(settings: ReproduceSettings) -> dict[str, Any]:
     said = "Every figure equals the paper's." if document["equal"] else "Some figures differ from the paper's."
     parts = [f"# {document['title']}", "`longlora reproduce table7`, computed, not measured.", markdown(lines), said]
     text = "\n\n".join(parts) + "\n"
-    folder = Path(settings.output or "runs/reproduce")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "table7.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    write_whole(folder / "table7.md", text)
-    write_whole(folder / "table7.csv", csv([lines[0], *lines[1:]]))
-    if settings.pages:
-        write_page(Path(settings.pages) / "table7.md", text)
+    write_result(settings, Path(settings.output or "runs/reproduce"), document, text, {"table7": lines})
     if not settings.json:
         print(f"{document['title']}\n\n{aligned(lines)}\n\n{said}")
     return document

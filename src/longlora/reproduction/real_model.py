@@ -14,13 +14,12 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from longlora.bench.machine import choose_device, hardware
-from longlora.errors import UserError, nearest
+from longlora.bench.machine import choose_device
+from longlora.errors import UserError
 from longlora.evaluation import statistics
 from longlora.evaluation.command import evaluate_perplexity, perplexity_changes
 from longlora.evaluation.passkey import evaluate_passkey
@@ -28,10 +27,11 @@ from longlora.evaluation.results import Document
 from longlora.evaluation.retrieval import accuracy_changes
 from longlora.evaluation.ruler import evaluate_ruler
 from longlora.evaluation.statistics import Estimate
-from longlora.reproduction.base import base_settings, window_of
+from longlora.reproduction.base import about, base_settings, refuse_mistakes, window_of
 from longlora.reproduction.cells import Cell, finished, train_cell
+from longlora.reproduction.page import write_result
 from longlora.reproduction.real_model_page import numbers, page_text, sentences, tables
-from longlora.run_directory import RunDirectory, versions, write_whole
+from longlora.run_directory import RunDirectory
 from longlora.settings import (
     AttentionSettings,
     CorpusSettings,
@@ -42,7 +42,7 @@ from longlora.settings import (
     ReproduceSettings,
     RulerSettings,
 )
-from longlora.tables import aligned, csv
+from longlora.tables import aligned
 
 DOCUMENTS = 6
 """Held-out documents that perplexity is measured on: the first that are as long as the context."""
@@ -230,14 +230,7 @@ def _study(settings: ReproduceSettings) -> Study:
     window = window_of(settings)
     context = settings.context or 2 * window
     known = arms(context, settings.steps)
-    for name in settings.only:
-        if name not in known:
-            raise UserError(
-                f"--only names '{name}', which is no arm of real-model: it has {', '.join(known)}. "
-                f"{nearest(name, known)}".rstrip()
-            )
-    if "stdlib" not in settings.data and not settings.evaluation_data:
-        raise UserError("--evaluation-data is missing: name documents to measure on that are not in --data.")
+    refuse_mistakes(settings, known)
     folder = Path(settings.output or "runs/real-model")
     base = base_settings(settings, context)
     if choose_device("auto").type == "cpu":  # most CPUs have no arithmetic of bfloat16
@@ -266,27 +259,15 @@ def _write(study: Study, left: Sequence[str], missing: Sequence[str]) -> dict[st
         for name in study.known
     }
     document: dict[str, Any] = {
-        "name": settings.name,
-        "model": settings.model,
-        "data": ", ".join(settings.data),
-        "evaluation_data": ", ".join(settings.evaluation_data) or "a held-out part of the standard library",
+        **about(settings),
         "window": study.window,
         "context": base.positions.context,
-        "steps": settings.steps,
         "rows": settings.steps * base.training.batch,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": hardware(choose_device("auto")),
-        "versions": versions(),
         "arms": [_entry(study, name, found) for name in study.known if found[name]],
         "left": list(left),
         "missing": list(missing),
     }
-    study.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(study.folder / "real-model.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    write_whole(study.folder / "real-model.md", page_text(document))
-    write_whole(study.folder / "real-model.csv", csv(numbers(document)))
-    if settings.pages:
-        write_whole(Path(settings.pages) / "real-model.md", page_text(document))
+    write_result(settings, study.folder, document, page_text(document), {"real-model": numbers(document)})
     return document
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from longlora.reproduction import attention_study
 from longlora.reproduction.entries import Check, Entry, Figure, Row, Size, Table
 from longlora.reproduction.measuring import RECALL_PLACES
-from longlora.reproduction.ways import Way
+from longlora.reproduction.ways import SAID, Way
 
 RATE_OF_ALL = (0.05, 0.15, 0.5)
 """Learning rates of full fine-tuning, as shares of LoRA's."""
@@ -75,21 +75,12 @@ def table1(size: Size) -> Table:
 
 def table2(size: Size) -> Table:
     """Attention patterns in training, tested with full attention and with the pattern itself."""
-    said = {
-        "full": "full attention",
-        "shift": "S², across heads",
-        "shift-layers": "S², across layers",
-        "plain": "only P1 (short attention)",
-        "shifted": "only P2 (shifted)",
-        "dilated": "dilated",
-        "strided": "strided",
-    }
-    ways = {pattern: Way(context=size.top, pattern=pattern) for pattern in said}
+    ways = {pattern: Way(context=size.top, pattern=pattern) for pattern in SAID}
     return Table(
         f"Attention patterns in training, perplexity at {size.top:,} tokens",
         ("full attention", "its own"),
         tuple(
-            Row(pattern, said[pattern], tuple(Entry(way, f"{what}-{size.top}") for what in ("perplexity", "own")))
+            Row(pattern, SAID[pattern], tuple(Entry(way, f"{what}-{size.top}") for what in ("perplexity", "own")))
             for pattern, way in ways.items()
         ),
         (

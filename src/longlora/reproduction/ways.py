@@ -7,10 +7,10 @@ from longlora.settings import AttentionSettings, ExtendSettings
 
 SAID = {
     "full": "full attention",
-    "shift": "S²",
-    "shift-layers": "S² across layers",
-    "plain": "short attention",
-    "shifted": "only shifted groups",
+    "shift": "S², across heads",
+    "shift-layers": "S², across layers",
+    "plain": "only P1 (short attention)",
+    "shifted": "only P2 (shifted)",
     "dilated": "dilated",
     "strided": "strided",
 }
