@@ -226,13 +226,13 @@ def test_what_trains_contexts_group_sizes_and_figure_1_are_made_of_the_same_cell
 
 def test_mistakes_are_named(words, inline, tmp_path, capsys):
     for arguments, said in (
-        (words("table2", only="shfit"), "--only names 'shfit', which is no cell of table2"),
+        (words("table2", only="shfit"), "unknown cell of --only 'shfit'"),
         (words("table2", context=64), "--context is 64: it must be above the model's window, 64"),
         (words("table2", reuse=tmp_path), "holds no cells"),
         (["reproduce", "table1", "--data", str(tmp_path)], "--evaluation-data is missing"),
         (words("table2", context=2048, only="yarn-2048-shift-lora-norm-embed"), "documents to measure on has 2,048"),
         (["reproduce", "table5"], "table5"),
-        (words("attention-study", only="shfit"), "--only names 'shfit', which is no cell of attention-study"),
+        (words("attention-study", only="shfit"), "unknown cell of --only 'shfit'"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(arguments)

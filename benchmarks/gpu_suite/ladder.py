@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from longlora.bench.machine import free_bytes, peak_bytes
-from longlora.bench.memory import planned_step, predict
-from longlora.bench.step import read_config
+from longlora.bench.memory import predict
+from longlora.bench.step import planned_step, read_config
 from longlora.bench.trainers import Taken, Way, make_ways, random_rows
 from longlora.model.memory_saving.four_bit_base import four_bit_is_here
 from longlora.planner.memory import host_bytes
@@ -91,7 +91,7 @@ def rung(
 
     def offloaded(context: int) -> int:
         """Bytes on the host; where PyTorch pins blocks of powers of two, as many as those take."""
-        whole = host_bytes(anatomy, planned_step(settings, (context, name, switches), True))
+        whole = host_bytes(anatomy, planned_step(settings.step(context, switches), context, name, foreach=True))
         block = 2 * context * anatomy.hidden
         return whole if exact_pins else whole + len(anatomy.layers) * (2 ** (block - 1).bit_length() - block)
 
@@ -132,7 +132,7 @@ def rung(
         host_limit=host,
         longest=fitted[-1]["context"],
         would_fit=_drawn_on(fitted[-2:], usable),
-        host_bytes=host_bytes(anatomy, planned_step(settings, (fitted[-1]["context"], name, switches), True)),
+        host_bytes=host_bytes(anatomy, planned_step(step, fitted[-1]["context"], name, foreach=True)),
         host_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
 

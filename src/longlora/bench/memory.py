@@ -13,17 +13,15 @@ import torch
 from transformers import PreTrainedConfig
 
 from longlora.bench.machine import choose_device, free_bytes, hardware, peak_bytes
-from longlora.bench.step import read_config
+from longlora.bench.step import planned_step, read_config
 from longlora.bench.tables import memory_table
 from longlora.bench.trainers import make_ways, random_rows
 from longlora.errors import UserError
 from longlora.planner.anatomy import Anatomy
-from longlora.planner.layer_memory import Step
 from longlora.planner.memory import peak, step_memory
 from longlora.planner.reading import read_anatomy
 from longlora.progress import Progress
 from longlora.settings import BenchMemorySettings
-from longlora.settings.memory import LAYER_TILE
 
 WARM_UP_TOKENS = 64
 """Of the step that makes AdamW's moments before the one that counts."""
@@ -84,32 +82,9 @@ def bench_memory(settings: BenchMemorySettings) -> dict[str, Any]:
 
 def predict(anatomy: Anatomy, settings: BenchMemorySettings, case: Case, foreach: bool) -> int:
     """Bytes at the peak, as the plan has them; for `foreach` see `planned_step`."""
-    moments = step_memory(anatomy, planned_step(settings, case, foreach))
-    return moments[peak(moments)].total
-
-
-def planned_step(settings: BenchMemorySettings, case: Case, foreach: bool) -> Step:
-    """The step as the plan knows it.
-
-    Args:
-        foreach: AdamW steps all tensors of a group at once, PyTorch's way on GPUs.
-    """
     context, way, switches = case
-    return Step(
-        context=context,
-        rows=settings.rows,
-        group_size=settings.attention.tokens_per_group(context) if way == "s2" else None,
-        low_precision=settings.dtype != "float32",
-        loss_chunk=None if way == "plain" else settings.loss_chunk,
-        accumulates=False,
-        gradient_checkpointing="gradient_checkpointing" in switches,
-        offload_activations="offload_activations" in switches,
-        layer_tile=LAYER_TILE if "layer_tiles" in switches else None,
-        tiled_mlp="tiled_mlp" in switches,
-        offload_optimizer="offload_optimizer" in switches,
-        base_bits=4 if "base_bits" in switches else None,
-        foreach=foreach,
-    )
+    moments = step_memory(anatomy, planned_step(settings.step(context, switches), context, way, foreach))
+    return moments[peak(moments)].total
 
 
 def _cases(settings: BenchMemorySettings) -> list[Case]:

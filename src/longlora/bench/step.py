@@ -7,7 +7,7 @@ and the pattern's attention must be right at the length that is timed. No speed 
 """
 
 import tempfile
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from statistics import median
 from typing import Any
@@ -30,7 +30,7 @@ from longlora.planner.memory import step_memory
 from longlora.planner.reading import read_anatomy
 from longlora.planner.shapes import find_config
 from longlora.progress import Progress
-from longlora.settings import BenchStepSettings, MeasuredStepSettings
+from longlora.settings import BenchStepSettings, MeasuredStepSettings, MemorySettings
 
 CHECK_TOKENS = 1024
 """Tokens of the rows on which our step is compared with plain's, at most; their logits fit anywhere."""
@@ -267,6 +267,32 @@ def _refuse_apart(full: Taken, plain: Taken, dtype: str, tokens: int) -> None:
             )
 
 
+def planned_step(settings: BenchStepSettings, context: int, way: str, foreach: bool) -> Step:
+    """The step as the plan knows it.
+
+    Args:
+        way: of `settings.STEP_WAYS`; `plain` has none of our switches.
+        foreach: AdamW steps all tensors of a group at once, PyTorch's way on GPUs.
+    """
+    memory = MemorySettings() if way == "plain" else settings.memory
+    return Step(
+        context=context,
+        rows=settings.rows,
+        group_size=settings.attention.tokens_per_group(context) if way == "s2" else None,
+        low_precision=settings.dtype != "float32",
+        loss_chunk=None if way == "plain" else settings.loss_chunk,
+        accumulates=False,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        offload_activations=memory.offload_activations,
+        layer_tile=memory.layer_tile,
+        tiled_mlp=memory.tiled_mlp,
+        mlp_tile=memory.mlp_tile,
+        offload_optimizer=memory.offload_optimizer,
+        base_bits=memory.base_bits,
+        foreach=foreach,
+    )
+
+
 def _refuse_too_large(anatomy: Anatomy, settings: BenchStepSettings, context: int, device: torch.device) -> None:
     """Raises UserError, before anything is allocated, for a context that will not fit in the memory of a CPU.
 
@@ -275,22 +301,8 @@ def _refuse_too_large(anatomy: Anatomy, settings: BenchStepSettings, context: in
     free = free_bytes(device)
     if device.type != "cpu" or free is None:
         return
-    ours = Step(
-        context=context,
-        rows=settings.rows,
-        group_size=settings.attention.tokens_per_group(context),
-        low_precision=settings.dtype != "float32",
-        loss_chunk=settings.loss_chunk,
-        accumulates=False,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        layer_tile=settings.memory.layer_tile,
-        tiled_mlp=settings.memory.tiled_mlp,
-        mlp_tile=settings.memory.mlp_tile,
-        foreach=False,
-    )
-    steps = {"s2": ours, "full": replace(ours, group_size=None)}
-    steps["plain"] = replace(steps["full"], loss_chunk=None, tiled_mlp=False, layer_tile=None)
-    most = max(memory.total for name in settings.ways for memory in step_memory(anatomy, steps[name]).values())
+    steps = {name: planned_step(settings, context, name, foreach=False) for name in settings.ways}
+    most = max(memory.total for step in steps.values() for memory in step_memory(anatomy, step).values())
     moments = 16 * anatomy.trainees.numbers * 2  # of the two ways that wait
     if most + moments > free:
         raise UserError(

@@ -2,30 +2,29 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from longlora.report import wording
-from longlora.report.reading import Content, Evaluated
+from longlora.report.reading import Content, Evaluated, Kind
 from longlora.report.ways import alike, difference, in_words, way_of
-from longlora.results import Change, Document, LongPPL, Ruler, Short
+from longlora.results import Change, LongPPL, Ruler, Short
 
-Kind = TypeVar("Kind", bound=Document)
 Group = Sequence[tuple[Evaluated, Kind]]
 
 
 def ruler(models: Sequence[Evaluated]) -> Content | None:
     """Averages by context and the effective length; every task below them."""
-    return _section([(model, model.ruler) for model in models if model.ruler], _ruler_group)
+    return _section(models, Ruler, _ruler_group)
 
 
 def short(models: Sequence[Evaluated]) -> Content | None:
     """Before and after, with a verdict, for each model."""
-    return _section([(model, model.short) for model in models if model.short], _short_group)
+    return _section(models, Short, _short_group)
 
 
 def longppl(models: Sequence[Evaluated]) -> Content | None:
     """LongPPL beside perplexity."""
-    return _section([(model, model.longppl) for model in models if model.longppl], _longppl_group)
+    return _section(models, LongPPL, _longppl_group)
 
 
 def effective_length(found: Ruler) -> str:
@@ -52,8 +51,11 @@ def is_good(row: Change) -> bool | None:
     return True if row.verdict.startswith("improved") else False if row.verdict.startswith("regressed") else None
 
 
-def _section(done: Group[Kind], draw: Callable[[Group[Kind]], dict[str, Any]]) -> Content | None:
+def _section(
+    models: Sequence[Evaluated], kind: type[Kind], draw: Callable[[Group[Kind]], dict[str, Any]]
+) -> Content | None:
     """The groups of models that were measured alike, each with how, and why it stands apart from the first."""
+    done = [(model, found) for model in models if (found := model.of(kind))]
     if not done:
         return None
     groups = alike(done, lambda each: way_of(each[1]))

@@ -10,14 +10,10 @@ from typing import Any, TypeVar, cast
 from longlora.results import (
     KINDS,
     MEASURES,
-    RETRIEVALS,
     Answers,
     Document,
-    LongPPL,
     Perplexities,
     Retrieval,
-    Ruler,
-    Short,
     number,
     read,
     whole,
@@ -28,6 +24,7 @@ Content = dict[str, Any] | str
 """What a section's template draws, or the sentence that says why the section is left out."""
 
 Read = TypeVar("Read", Perplexities, Answers)
+Kind = TypeVar("Kind", bound=Document)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,25 +104,13 @@ class Evaluated:
         context, method = self._first("extend_to"), self._first("method")
         return f"--extend-to {context} --method {method}" if context and method else ""
 
-    @property
-    def perplexity(self) -> Perplexities | None:
-        return cast(Perplexities | None, self.documents.get("perplexity"))
+    def of(self, kind: type[Kind]) -> Kind | None:
+        """The result of that kind; of retrievals see `retrievals`."""
+        return next((document for document in self.documents.values() if isinstance(document, kind)), None)
 
     @property
     def retrievals(self) -> dict[str, Retrieval]:
-        return {task: cast(Retrieval, self.documents[task]) for task in RETRIEVALS if task in self.documents}
-
-    @property
-    def ruler(self) -> Ruler | None:
-        return cast(Ruler | None, self.documents.get("ruler"))
-
-    @property
-    def short(self) -> Short | None:
-        return cast(Short | None, self.documents.get("short"))
-
-    @property
-    def longppl(self) -> LongPPL | None:
-        return cast(LongPPL | None, self.documents.get("longppl"))
+        return {task: each for task, each in self.documents.items() if isinstance(each, Retrieval)}
 
 
 def read_run(folder: str | Path) -> Recorded:

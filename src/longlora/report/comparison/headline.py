@@ -11,7 +11,7 @@ from longlora.report.comparison.subjects import Subject
 from longlora.report.reading import Evaluated
 from longlora.report.retrieval_section import found_at, in_percent
 from longlora.report.ways import alike, way_of
-from longlora.results import Measured
+from longlora.results import Measured, Ruler, Short
 
 
 def headline(subjects: Sequence[Subject]) -> str:
@@ -96,7 +96,7 @@ def _passkey(models: Sequence[Evaluated]) -> str:
 
 
 def _ruler(models: Sequence[Evaluated]) -> str:
-    asked = [(model, model.ruler) for model in models if model.ruler and model.ruler.averages]
+    asked = [(model, found) for model in models if (found := model.of(Ruler)) and found.averages]
     if not asked:
         return ""
     group = alike(asked, lambda each: way_of(each[1]))[0]
@@ -107,9 +107,10 @@ def _ruler(models: Sequence[Evaluated]) -> str:
 def _short(subjects: Sequence[Subject]) -> str:
     words = []
     for subject in subjects:
-        if not subject.evaluated.short:
+        found = subject.evaluated.of(Short)
+        if not found:
             continue
-        rows = [*subject.evaluated.short.results, *subject.evaluated.short.tasks]
+        rows = [*found.results, *found.tasks]
         lost = [row for row in rows if is_good(row) is False]
         if lost:
             worst = max(lost, key=lambda row: abs(row.after / row.before - 1) if row.before else 0)

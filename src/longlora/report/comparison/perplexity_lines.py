@@ -30,8 +30,8 @@ def lines(subjects: Sequence[Subject]) -> list[Line]:
     found: list[Line] = []
     for subject in subjects:
         own = [_of_run(subject, each) for each in subject.run.perplexities if each.results] if subject.run else []
-        if subject.evaluated.perplexity:
-            named = replace(subject.evaluated.perplexity, name=f"{subject.path}/measured", label=subject.name)
+        if measured := subject.evaluated.of(Perplexities):
+            named = replace(measured, name=f"{subject.path}/measured", label=subject.name)
             evaluated = Line(named, subject.model, subject)
             own = [line for line in own if line.subject is None or not may_be_compared(line, evaluated)] + [evaluated]
         for line in own:

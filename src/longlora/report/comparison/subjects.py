@@ -63,7 +63,7 @@ def _subjects(path: str) -> Iterator[Subject]:
         if baseline is not None:
             yield Subject(str(baseline.folder), baseline, None)
         run = read_run(folder)
-        own = None if run.evaluated.short else _own_comparison(run)
+        own = None if run.evaluated.of(Short) else _own_comparison(run)
         documents = {**run.evaluated.documents, **({"short": own} if own else {})}
         yield Subject(path, replace(run.evaluated, documents=documents), run)
         return
