@@ -1,9 +1,8 @@
 """Kinds of fields, what may be given to them, and what every command takes."""
 
 import functools
-import typing
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 import tyro
@@ -92,8 +91,8 @@ class Checked:
 def _allowed(kind: Any) -> list[tuple[str, str, AtLeast | list[str]]]:
     """(field, what people call it, a least number or the names that `choice` shows as its metavar)."""
     found: list[tuple[str, str, AtLeast | list[str]]] = []
-    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        stated = getattr(hint, "__metadata__", ())
+    for field in fields(kind):
+        name, stated = field.name, getattr(field.type, "__metadata__", ())
         flag = name if any("Positional" in repr(each) for each in stated) else "--" + name.replace("_", "-")
         found += [(name, flag, each) for each in stated if isinstance(each, AtLeast)]
         shown = [str(each.metavar) for each in stated if getattr(each, "metavar", None)]
