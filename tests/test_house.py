@@ -188,7 +188,7 @@ def test_every_path_of_the_file_map_exists(document, heading):
     section = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     assert section, f"{document} has no heading '{heading}'"
     paths = mapped_paths(section[1])
-    assert len(paths) >= 10
+    assert len(paths) >= 7
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
@@ -237,6 +237,20 @@ def indented_commands(text: str) -> list[list[str]]:
     lines = [line[4:] if line.startswith("    ") else "" for line in text.splitlines()]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
     return [shlex.split(line, comments=True)[1:] for line in joined.splitlines() if line.startswith("longlora ")]
+
+
+def linked(page: Path) -> list[Path]:
+    """The files of the repository that a Markdown page links to."""
+    found = re.findall(r"\]\(([^)\s#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    return [(page.parent / target).resolve() for target in found if "://" not in target]
+
+
+def test_the_index_names_every_page_and_links_lead_somewhere():
+    index = ROOT / "docs" / "README.md"
+    pages = {page.resolve() for page in (ROOT / "docs").glob("*.md")} - {index}
+    assert pages - set(linked(index)) == set()
+    documents = [ROOT / "README.md", *PAGES]
+    assert [(page.name, target) for page in documents for target in linked(page) if not target.exists()] == []
 
 
 PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
