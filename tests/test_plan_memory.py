@@ -223,3 +223,10 @@ def test_memory_grows_with_context_and_rows(llama):
     assert totals == sorted(totals)
     two = replace(LONG, context=8192, rows=2)
     assert needs(llama, two).activations == needs(llama, replace(LONG, context=16384)).activations
+
+
+def test_reading_a_config_leaves_it_as_it_was():
+    config = family("llama")
+    read_anatomy(config, TrainableSettings())
+    # else a model made of it next would train with S2-Attn, untold
+    assert config._attn_implementation != "s2_attn"

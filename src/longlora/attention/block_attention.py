@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from longlora.attention.kernels import Kernel, sum_type
+from longlora.attention.kernels import Kernel, WrittenKernel, sum_type
 from longlora.attention.layout import HeadSetPlan, Part
 
 
@@ -112,15 +112,21 @@ def _taken(x: Tensor, tokens: range, part: Part, offset: int) -> Tensor:
     )
 
 
+def calls_take(device: torch.device, kernel: Kernel) -> tuple[int, int | None]:
+    """Queries of a head that a call of `kernel` takes at least, and the threads that take a head each."""
+    if device.type == "cpu":
+        return 512, torch.get_num_threads()
+    return 1 if isinstance(kernel, WrittenKernel) else 16384, None
+
+
 def _calls(
-    plans: Sequence[HeadSetPlan], device: torch.device, start: int, halo: tuple[int, int] | None
+    plans: Sequence[HeadSetPlan], kernel: Kernel, device: torch.device, start: int, halo: tuple[int, int] | None
 ) -> Iterator[_Call]:
     """What `plans` come to, in calls that are just large enough for the device to be busy.
 
     What a kernel returns is copied to its place, and stands beside it until then.
     """
-    on_cpu = device.type == "cpu"
-    at_least = 512 if on_cpu else 16384
+    at_least, threads = calls_take(device, kernel)
     for each in plans:
         heads = each.heads
         repeats = (heads.query_stop - heads.query_start) // (heads.key_stop - heads.key_start)
@@ -132,8 +138,8 @@ def _calls(
                 rows = 1 if part.count > 1 else row.row_stop - row.row_start  # equal blocks of one row are a batch
                 blocks = min(size, part.count) * rows
                 together = heads.key_stop - heads.key_start
-                if on_cpu:  # a thread takes a head of a block
-                    together = min(together, -(-torch.get_num_threads() // (blocks * repeats)))
+                if threads:
+                    together = min(together, -(-threads // (blocks * repeats)))
                 for number in range(0, part.count, size):
                     some = part.some(number, min(size, part.count - number))
                     for top in range(row.row_start, row.row_stop, rows):
@@ -191,7 +197,7 @@ class _BlockAttention(torch.autograd.Function):
         rows, heads, length, _ = query.shape
         output: Tensor | None = None
         lse: Tensor | None = None
-        for number, call in enumerate(_calls(plans, query.device, *place)):
+        for number, call in enumerate(_calls(plans, kernel, query.device, *place)):
             keys, values = (earlier_key, earlier_value) if call.is_earlier else (key, value)
             k, v = (call.keys(cast(Tensor, x)) for x in (keys, values))
             part, part_lse = kernel.forward(call.queries(query), k, v, call.part.sees != "all", seed + number)
@@ -230,7 +236,7 @@ class _BlockAttention(torch.autograd.Function):
         of_query, of_key, of_earlier = _several(ctx.plans, ctx.place[0])
         kinds = (of_query, of_key, of_key, of_earlier, of_earlier)
         sums = [_Sum(x, several) for x, several in zip(inputs, kinds, strict=False)]
-        for number, call in enumerate(_calls(ctx.plans, output.device, *ctx.place)):
+        for number, call in enumerate(_calls(ctx.plans, ctx.kernel, output.device, *ctx.place)):
             which = slice(3, 5) if call.is_earlier else slice(1, 3)
             of_lse = call.queries(lse).squeeze(-1)
             if call.part.weight != 1:

@@ -122,7 +122,9 @@ def layer_bytes(anatomy: Anatomy, layer: LayerShape, step: Step) -> LayerBytes:
     attention += number * (projected + layer.output) + 4 * anatomy.heads
     if layer.fused and anatomy.rotary:
         attention += number * (layer.query + layer.key)
-    attention_backward: float = number * (layer.output + 2 * projected) + 8 * hidden
+    # gradients of q, k and v, and beside them what a call returns: those of half of the heads, or of one block
+    beside = 0 if anatomy.written_out else projected / 2
+    attention_backward: float = number * (layer.output + projected + beside) + 8 * hidden
     if layer.window is not None and layer.window < step.context:
         attention_backward += 4 * projected  # a token is read by two chunks: summed in float32
     if anatomy.written_out:  # scores before and after the cap, slopes, weights, their gradients, in float32

@@ -3,8 +3,9 @@
 Three ways. `gpu`: real steps, CUDA's allocator (`torch.cuda.max_memory_allocated`) and the clock. `process`: real
 steps on the CPU, the peak of the process's resident memory. `fake`: PyTorch's fake tensors, which have shapes and
 storages but no data, so that a 7B model runs on a laptop; every storage is counted while it lives. Attention there is
-the CPU's fused kernel (it keeps output and log-sum-exp, no scores), and what kernels allocate inside is not seen. The
-fake device and its host are one, so what offloading puts on the host is made where nothing is counted.
+the CPU's fused kernel (it keeps output and log-sum-exp, no scores) in calls as large as a GPU's, and what kernels
+allocate inside is not seen. The fake device and its host are one, so what offloading puts on the host is made where
+nothing is counted.
 """
 
 import ctypes
@@ -30,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, PreTrainedConfig, modeling_utils
 
+from longlora.attention import block_attention
 from longlora.attention.transformers_backend import use_shifted_attention
 from longlora.errors import UserError
 from longlora.model import lm_head
@@ -100,7 +102,7 @@ def measure(trainee: Trainee, way: str, contexts: list[int], limit_bytes: int) -
         model = build(trainee, torch.device("meta"))
         live = LiveBytes()
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with fake, live, _PlainAnswers(), _saved_elsewhere(live):
+        with fake, live, _PlainAnswers(), _as_on_a_gpu(live):
             _materialise(model, device)
             return _grow(Run(trainee, model, device, live.elsewhere), contexts, limit_bytes, live.most)
     if way == "process" and (trainee.memory.offload_activations or trainee.memory.offload_optimizer):
@@ -185,18 +187,20 @@ class _PlainAnswers(TorchDispatchMode):
 
 
 @contextmanager
-def _saved_elsewhere(live: LiveBytes) -> Iterator[None]:
+def _as_on_a_gpu(live: LiveBytes) -> Iterator[None]:
     """What is offloaded, by transformers' checkpointing or by tiles, where the model itself is on the CPU: it is copied
-    still, there and back. And every token is scored."""
+    still, there and back. Attention's calls are a GPU's, and every token is scored."""
 
     def there(tensor: Tensor) -> Tensor:
         with live.elsewhere():
             return tensor.clone()
 
+    own = block_attention.calls_take
     with (
         patch.object(modeling_utils, "save_on_cpu", lambda **_: saved_tensors_hooks(there, torch.clone)),
         patch.object(offloaded_activations, "to_host", there),
         patch.object(offloaded_activations, "from_host", lambda tensor, _: tensor.clone()),
+        patch.object(block_attention, "calls_take", lambda _, kernel: own(torch.device("cuda"), kernel)),
         patch.object(lm_head, "_ends_of_parts", lambda labels, chunk: (_every(chunk, len(labels)), len(labels))),
     ):
         yield

@@ -4,6 +4,7 @@ The model and what trains in it are built by transformers and by `longlora.model
 family counts as it really is: fused projections, grouped queries, normalised heads, experts, windows, tied heads.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -82,14 +83,15 @@ def read_anatomy(config: PreTrainedConfig, trainable: TrainableSettings, trust_r
 def build_without_storage(
     config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model of `config` on the meta device.
+    """The model of `config`, which stays as it is, on the meta device.
 
     Raises:
         UserError: transformers makes no decoder of it.
     """
     try:
         with torch.device("meta"), quiet():
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            own = copy.deepcopy(config)  # into which, say, its attention will be written
+            return AutoModelForCausalLM.from_config(own, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise UserError(f"no model can be built from this {config.model_type} config: {first_line(error)}.") from error
 
