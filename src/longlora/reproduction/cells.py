@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longlora.attention.cost import attention_cost
 from longlora.errors import UserError
 from longlora.model.positions import extend_positions
 from longlora.report.recipe import defaults
@@ -89,21 +88,10 @@ def train_cell(cell: Cell, run: RunDirectory) -> tuple[Any, Data, dict[str, Any]
     data = prepare_data(settings, tokenizer, model)
     _refuse_short_documents(data, settings)
     run.begin("reproduce", flat(settings), resume)
-    cost = attention_cost(settings.attention, settings.training, settings.positions.tokens_per_row, model.config)
     extension = extend_positions(model, settings.positions.context, settings.positions.method)
     trained, summary = train_extension(model, tokenizer, settings, run, data, extension)
-    return (
-        trained,
-        data,
-        {
-            "name": cell.name,
-            "label": cell.label,
-            "seed": cell.seed,
-            "training": summary["training"],
-            "trainable": summary["trainable"],
-            "attention_cost": cost,
-        },
-    )
+    kept = {name: summary[name] for name in ("training", "trainable", "attention_cost")}
+    return trained, data, {"name": cell.name, "label": cell.label, "seed": cell.seed, **kept}
 
 
 def _refuse_short_documents(data: Data, settings: ExtendSettings) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from longlora import ranks
+from longlora.attention.cost import attention_cost
 from longlora.attention.documents import keeps_documents_apart
 from longlora.attention.transformers_backend import use_shifted_attention
 from longlora.corpus.encoding import beginning
@@ -124,6 +125,8 @@ def train_extension(
     trainable = announce_trainable(trainee)
     if is_to_be_sharded():
         shard(trainee)
+    row = settings.positions.tokens_per_row
+    looked_at = attention_cost(settings.attention, settings.training, row, model.config)
     long = [ids for ids in data.held_out if len(ids) >= context][:8]
     trained = train(
         trainee,
@@ -131,7 +134,7 @@ def train_extension(
         settings.training,
         settings.attention,
         run,
-        held_out_loss=document_loss(long, settings.positions.tokens_per_row) if long else None,
+        held_out_loss=document_loss(long, row) if long else None,
         in_order=settings.corpus.in_order,
         memory=settings.memory,
         before=partial(before, trainee) if before else None,
@@ -142,10 +145,10 @@ def train_extension(
         "output": str(run.path),
         "model": settings.model,
         "positions": asdict(extension),
-        "attention": asdict(settings.attention)
-        | {"group_size": settings.attention.tokens_per_group(settings.positions.tokens_per_row)},
+        "attention": asdict(settings.attention) | {"group_size": settings.attention.tokens_per_group(row)},
         "trainable": trainable,
         "training": trained,
+        "attention_cost": looked_at,
         "memory": memory_facts(settings.memory, settings.training.gradient_checkpointing),
         "data": {"name": ", ".join(settings.corpus.data), **describe(data.rows)},
     }

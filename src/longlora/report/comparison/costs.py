@@ -1,22 +1,14 @@
 """What each training took: seconds, tokens, memory, and pairs of a query and a key that attention looked at."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedConfig
-
-from longlora.attention.cost import attention_cost
-from longlora.errors import UserError
 from longlora.report import wording
 from longlora.report.charts import Bar, Bars, at_both_widths, bar_chart
 from longlora.report.comparison.subjects import Subject
 from longlora.report.reading import Recorded, at, read_object
 from longlora.results import number, whole
-from longlora.settings import AttentionSettings, PatternOptions, TrainingSettings
-
-STEPS_COUNTED = 100
-"""Steps whose pairs are counted one by one; a longer run repeats them in proportion."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +61,7 @@ def cost(name: str, run: Recorded) -> Cost:
         {},
     )
     trainable = at(run.summary, "trainable") or at(cell, "trainable")
-    pairs, share = _pairs(run, at(cell, "attention_cost"))
+    looked_at = at(run.summary, "attention_cost") or at(cell, "attention_cost")
     return Cost(
         name=name,
         steps=whole(training.get("steps")) or whole(training.get("step")),
@@ -78,8 +70,8 @@ def cost(name: str, run: Recorded) -> Cost:
         memory_bytes=whole(training.get("memory_bytes")),
         trainable=whole(at(trainable, "trainable")),
         parameters=whole(at(trainable, "parameters")),
-        pairs=pairs,
-        share=share,
+        pairs=number(at(looked_at, "pairs")),
+        share=number(at(looked_at, "share")),
     )
 
 
@@ -90,43 +82,3 @@ def _share(row: Cost) -> str:
 def _bars(bars: Sequence[Bar]) -> dict[str, str]:
     said = "; ".join(f"{bar.label}: {bar.text}" for bar in bars)
     return at_both_widths(lambda width: bar_chart([Bars("", bars)], width=width, description=f"{said}."))
-
-
-def _pairs(run: Recorded, counted: Any) -> tuple[float | None, float | None]:
-    """Pairs of the whole run and their share; as a study counted them, or from the run's settings."""
-    pairs, share = number(at(counted, "pairs")), number(at(counted, "share"))
-    if pairs is not None and share is not None:
-        return pairs, share
-    try:
-        return _counted(run)
-    # settings of another version, or written by hand, may hold anything: the page says nothing of what it cannot count
-    except (UserError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError):
-        return None, None
-
-
-def _counted(run: Recorded) -> tuple[float | None, float | None]:
-    context = run.context
-    if context is None or "pattern" not in run.settings or not run.config:
-        return None, None
-    options = PatternOptions(**_given(run, PatternOptions))
-    attention = AttentionSettings(options=options, **_given(run, AttentionSettings))
-    training = TrainingSettings(**_given(run, TrainingSettings))
-    config = PreTrainedConfig.from_dict(run.config)
-    row = whole(run.settings.get("row_tokens")) or context
-    full_steps = attention.full_attention_steps
-    other_steps = training.steps - full_steps
-    counted = min(other_steps, STEPS_COUNTED)
-    sparse = replace(attention, full_attention_steps=0)
-    found = attention_cost(sparse, replace(training, steps=max(1, counted)), row, config)
-    share = (found["share"] * other_steps + full_steps) / training.steps
-    return share * found["full_pairs"] / max(1, counted) * training.steps, share
-
-
-def _given(run: Recorded, kind: type) -> dict[str, Any]:
-    """The run's settings that are plain fields of `kind`."""
-    plain = {field.name for field in fields(kind)} - {"options"}
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in run.settings.items()
-        if name in plain
-    }
