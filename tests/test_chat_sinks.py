@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import longlora
 from longlora.chat.answering import Answerer, Ended, Reading
-from longlora.chat.attention_sinks import TURNS_OF_A_KEY, SinkWindow
+from longlora.chat.attention_sinks import ROTATIONS_OF_A_KEY, SinkWindow
 from longlora.chat.prefix_cache import PrefixCaches, ReadTokens
 from longlora.chat.sampling import Sampler
 from longlora.errors import UserError
@@ -125,14 +125,14 @@ def test_a_key_is_turned_a_few_times_only(tiny_model):
     model = tiny_model("llama")
     turns = []
     window = SinkWindow(model, SINKS, 32)
-    turned = window.turned
-    window.turned = lambda keys, positions: turns.append(-positions) or turned(keys, positions)
+    rotated = window.rotated
+    window.rotated = lambda keys, positions: turns.append(-positions) or rotated(keys, positions)
     answerer = Answerer(model, PrefixCaches(model, 1000, SINKS), window)
     read = ReadTokens(answerer.caches.take([1]).cache)
     for token in TOKENS + TOKENS:
         answerer._read(read, [token])
     evictions = len(turns) // model.config.num_hidden_layers
-    assert set(turns) == {32 // TURNS_OF_A_KEY}
+    assert set(turns) == {32 // ROTATIONS_OF_A_KEY}
     assert evictions == -(-(180 - SINKS - 32) // 4)
 
 

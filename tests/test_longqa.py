@@ -17,7 +17,7 @@ from longlora.errors import UserError
 from longlora.longqa.answers import judged, repetition
 from longlora.longqa.pair_files import GrowingPairs, Malformed, iterate_pairs, read_pairs, write_pairs
 from longlora.longqa.pairs import Message, Pair, pair_from_record, question_and_answer
-from longlora.longqa.planning import Plan, material_of, title_of
+from longlora.longqa.planning import QuestionPlan, material_of, title_of
 from longlora.longqa.prompts import material_opening, material_prompt
 from longlora.longqa.question_bank import choose, questions, read_questions
 from longlora.longqa.sections import count, cut
@@ -428,22 +428,22 @@ def test_what_kind_of_material_and_its_title(tmp_path):
 def test_the_plan_is_the_same_twice_and_its_sources_lead_back_to_the_text(tmp_path):
     text = book(4)
     (tmp_path / "novel.txt").write_text(text, encoding="utf-8")
-    tasks, again = (list(Plan(settings_for(tmp_path)).tasks()) for _ in range(2))
+    tasks, again = (list(QuestionPlan(settings_for(tmp_path)).tasks()) for _ in range(2))
     assert tasks == again
     assert len(tasks) == 2 * tasks[0].source["sections"] == len({task.key for task in tasks})
     for task in tasks:
         begin, end = task.source["characters"]
         assert task.prompt == material_prompt(text[begin:end], task.source["question"], "book", "Novel")
         assert task.source["document"] == str(tmp_path / "novel.txt")
-    assert [task.key for task in Plan(settings_for(tmp_path, seed=1)).tasks()] != [task.key for task in tasks]
+    assert [task.key for task in QuestionPlan(settings_for(tmp_path, seed=1)).tasks()] != [task.key for task in tasks]
 
 
 def test_documents_and_sections_that_stand_there_twice_are_asked_about_once(tmp_path, caplog):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(book(2), encoding="utf-8")
-    alone = {task.key for task in Plan(settings_for(tmp_path / "a.txt")).tasks()}
+    alone = {task.key for task in QuestionPlan(settings_for(tmp_path / "a.txt")).tasks()}
     with caplog.at_level(logging.INFO):
-        estimate = Plan(settings_for(tmp_path)).estimate()
+        estimate = QuestionPlan(settings_for(tmp_path)).estimate()
     assert estimate.calls == len(alone)
     assert "1 documents that stand there twice" in caplog.text
 
@@ -455,7 +455,7 @@ def test_a_section_that_stands_in_two_documents_is_asked_the_same_only_once(tmp_
     most = max(tokens_of(each) for each in (shared, more, book(1, seed=3))) + 10
     whole = {"section_tokens": most, "categories": ("summary",), "questions_per_section": 3, "material": "book"}
     with caplog.at_level(logging.INFO):
-        estimate = Plan(settings_for(tmp_path, **whole)).estimate()
+        estimate = QuestionPlan(settings_for(tmp_path, **whole)).estimate()
     assert (estimate.documents, estimate.sections, estimate.calls) == (2, 3, 9)
     assert "3 questions about a section that stands there twice" in caplog.text
 
@@ -466,7 +466,7 @@ def test_limits_of_the_plan(tmp_path):
     (tmp_path / "c.txt").write_text("Too short to ask about.", encoding="utf-8")
 
     def of(**more: Any) -> list[Any]:
-        return list(Plan(settings_for(tmp_path, **more)).tasks())
+        return list(QuestionPlan(settings_for(tmp_path, **more)).tasks())
 
     assert [Path(task.source["document"]).name for task in of(pairs_per_document=3)] == ["a.txt"] * 3 + ["b.txt"] * 3
     sections = [task.source["section"] for task in of(pairs_per_document=4, questions_per_section=1)][:4]
@@ -476,16 +476,16 @@ def test_limits_of_the_plan(tmp_path):
     assert {task.category for task in of(categories=("idea",))} == {"idea"}
     assert {task.source["material"] for task in of(material="paper")} == {"paper"}
     with pytest.raises(UserError, match="nothing to ask about"):
-        Plan(settings_for(tmp_path, categories=("novelty",))).estimate()
+        QuestionPlan(settings_for(tmp_path, categories=("novelty",))).estimate()
     with pytest.raises(UserError, match="Did you mean 'idea'"):
-        Plan(settings_for(tmp_path, categories=("ideas",)))
+        QuestionPlan(settings_for(tmp_path, categories=("ideas",)))
 
 
 def test_the_estimate_counts_calls_and_tokens(tmp_path):
     (tmp_path / "a.txt").write_text(book(3), encoding="utf-8")
     settings = settings_for(tmp_path, answer_tokens=100)
-    tasks = list(Plan(settings).tasks())
-    estimate = Plan(settings).estimate({tasks[0].key, tasks[3].key})
+    tasks = list(QuestionPlan(settings).tasks())
+    estimate = QuestionPlan(settings).estimate({tasks[0].key, tasks[3].key})
     assert (estimate.calls, estimate.already) == (len(tasks) - 2, 2)
     assert estimate.tokens_out == 100 * (len(tasks) - 2)
     asked = sum(tokens_of(task.prompt) for number, task in enumerate(tasks) if number not in (0, 3))

@@ -50,7 +50,7 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Document:
+class Result:
     """What all results have in common."""
 
     model: str = ""
@@ -74,7 +74,7 @@ class Document:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Perplexities(Document):
+class Perplexities(Result):
     """`perplexity.json`, `perplexity-NAME.json`: a model at several contexts."""
 
     name: str = ""
@@ -109,7 +109,7 @@ class Answered:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retrieval(Document):
+class Retrieval(Result):
     """`passkey.json`, `topics.json` or `lines.json`."""
 
     task: str = ""
@@ -148,7 +148,7 @@ class LeftOut:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ruler(Document):
+class Ruler(Result):
     """`ruler.json`."""
 
     trials: int = 0
@@ -179,7 +179,7 @@ class Change:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Short(Document):
+class Short(Result):
     """`short.json`."""
 
     baseline: str = ""
@@ -201,7 +201,7 @@ class LongPPLRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongPPL(Document):
+class LongPPL(Result):
     """`longppl.json`."""
 
     evaluator: str | None = None
@@ -214,7 +214,7 @@ class LongPPL(Document):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answers(Document):
+class Answers(Result):
     """`answers-NAME.json`: loss on held-out answers."""
 
     nll: float
@@ -226,7 +226,7 @@ class Answers(Document):
     examples: int | None = None
 
 
-KINDS: Mapping[str, type[Document]] = {
+KINDS: Mapping[str, type[Result]] = {
     "perplexity": Perplexities,
     **dict.fromkeys(RETRIEVALS, Retrieval),
     "ruler": Ruler,

@@ -56,9 +56,9 @@ def find_wrong(
             k, v = (x[row, key_head].detach().double() for x in (key, value))
             key_sum, value_sum = torch.zeros_like(torch.stack([k, k])), torch.zeros_like(torch.stack([v, v]))
             for head in range(key_head * heads // key_heads, (key_head + 1) * heads // key_heads):
-                seen = _sees(cuts[head], at, length, group_size)
+                visible = _visible_keys(cuts[head], at, length, group_size)
                 q, w = (x[row, head, at].detach().double() for x in (query, weights))
-                out, dq, dk, dv = _reference(q, k, v, w, seen)
+                out, dq, dk, dv = _reference(q, k, v, w, visible)
                 spread = dq.new_zeros(2, length, dq.shape[2]).index_copy(1, at, dq)
                 wrong = _difference(output[row, head, at], out, at)
                 if wrong:
@@ -81,34 +81,34 @@ def _positions(length: int, group_size: int) -> Tensor:
     return torch.tensor(sorted(i for i in edges | set(random) if i < length))
 
 
-def _sees(cut: Cut, queries: Tensor, length: int, group_size: int) -> Tensor:
+def _visible_keys(cut: Cut, queries: Tensor, length: int, group_size: int) -> Tensor:
     """(P, N) bool: which keys each of P query positions reads."""
     cuts = partition(cut, length, group_size)
     token = torch.arange(length, device=queries.device)
     block = torch.empty_like(token)
     for number, members in enumerate(cuts.blocks):
         block[members.start : members.stop : members.step] = number
-    seen = (block == block[queries, None]) & (token <= queries[:, None])
+    visible = (block == block[queries, None]) & (token <= queries[:, None])
     for read in cuts.reads:
         inside = (queries >= read.query_start) & (queries < read.query_stop)
         for start, stop in read.pieces:
-            seen |= inside[:, None] & (token >= start) & (token < stop)
-    return seen
+            visible |= inside[:, None] & (token >= start) & (token < stop)
+    return visible
 
 
-def _reference(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, seen: Tensor) -> list[Tensor]:
+def _reference(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, visible: Tensor) -> list[Tensor]:
     """Attention of one head and its gradients, written out.
 
     Args:
         query: (P, D) at the positions looked at; key, value: (N, D); weight: (P, D), the output's gradient.
-        seen: (P, N) bool.
+        visible: (P, N) bool.
 
     Returns:
         output and query gradient (2, P, D), key and value gradient (2, N, D). The second half is the same sum taken of
         absolute values, which rounding errors scale with and which is zero where nothing may arrive.
     """
     scale = query.shape[1] ** -0.5
-    share = torch.softmax((query @ key.T * scale).masked_fill(~seen, float("-inf")), -1)
+    share = torch.softmax((query @ key.T * scale).masked_fill(~visible, float("-inf")), -1)
     through = weight @ value.T
     score = share * (through - (share * through).sum(-1, keepdim=True)) * scale
     through_size = weight.abs() @ value.abs().T

@@ -24,8 +24,8 @@ from longlora.chat.prefix_cache import ReadTokens, frequencies_change_at
 from longlora.errors import UserError
 from longlora.model.lm_head import unwrapped
 
-TURNS_OF_A_KEY = 8
-"""Tokens leave `recent / TURNS_OF_A_KEY` at a time."""
+ROTATIONS_OF_A_KEY = 8
+"""Tokens leave `recent / ROTATIONS_OF_A_KEY` at a time."""
 
 
 class SinkWindow:
@@ -47,7 +47,7 @@ class SinkWindow:
         self._apply = getattr(sys.modules[type(base).__module__], "apply_rotary_pos_emb", None)
         rotary = [module for module in base.modules() if hasattr(module, "inv_freq")]
         self._rotary = cast(Any, rotary[0]) if len(rotary) == 1 else None
-        if not self._can_turn(base):
+        if not self._can_rotate(base):
             raise UserError(
                 f"--attention-sinks needs rotary positions that are the same for every length and layer, and full "
                 f"attention; {type(base).__name__} here has others: leave it out, or give another model."
@@ -63,30 +63,30 @@ class SinkWindow:
         surplus = read.slots + tokens - self.size
         if surplus <= 0:
             return
-        surplus = min(max(surplus, self.recent // TURNS_OF_A_KEY), read.slots - self.sinks)
+        surplus = min(max(surplus, self.recent // ROTATIONS_OF_A_KEY), read.slots - self.sinks)
         first = self.sinks + surplus
         for layer in cast(Any, read.cache).layers:
             keys, values = layer.keys, layer.values
-            moved = self.turned(keys[:, :, first:], -surplus)
+            moved = self.rotated(keys[:, :, first:], -surplus)
             layer.keys = torch.cat([keys[:, :, : self.sinks], moved], dim=-2)
             layer.values = torch.cat([values[:, :, : self.sinks], values[:, :, first:]], dim=-2)
         read.evicted += surplus
 
     @torch.no_grad()
-    def turned(self, keys: Tensor, positions: int) -> Tensor:
+    def rotated(self, keys: Tensor, positions: int) -> Tensor:
         """Rotated keys (B, H, N, D) as they would be `positions` later (earlier where negative), same dtype."""
         rotary = cast(Any, self._rotary)
         at = torch.tensor([[positions]], device=keys.device)
         cos, sin = rotary(torch.empty(0, dtype=torch.float32, device=keys.device), at)
         # YaRN's cos and sin carry a factor for the softmax, which the keys have had already
         scale = getattr(rotary, "attention_scaling", 1.0)
-        turning = keys[..., : cos.shape[-1]].float()
-        _, turning = cast(Any, self._apply)(turning, turning, cos / scale, sin / scale)
-        return torch.cat([turning.to(keys.dtype), keys[..., cos.shape[-1] :]], dim=-1)
+        rotating = keys[..., : cos.shape[-1]].float()
+        _, rotating = cast(Any, self._apply)(rotating, rotating, cos / scale, sin / scale)
+        return torch.cat([rotating.to(keys.dtype), keys[..., cos.shape[-1] :]], dim=-1)
 
     @torch.no_grad()
-    def _can_turn(self, base: Any) -> bool:
-        """Whether keys of the model itself at one position become, turned, those at another, in every layer.
+    def _can_rotate(self, base: Any) -> bool:
+        """Whether keys of the model itself at one position become, rotated, those at another, in every layer.
 
         A token alone attends to itself, whatever its position, so its keys differ by the rotation only.
         """
@@ -103,7 +103,7 @@ class SinkWindow:
         base(input_ids=token, position_ids=at, past_key_values=cache, use_cache=True)
         for layer in cast(Any, cache).layers:
             keys = layer.keys.float()
-            error = (self.turned(keys[:1], -7) - keys[1:]).abs().max()
+            error = (self.rotated(keys[:1], -7) - keys[1:]).abs().max()
             if error > 0.05 * keys.abs().max():
                 return False
         return True

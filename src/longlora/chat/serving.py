@@ -36,7 +36,7 @@ from longlora.chat.exporting import FORMATS, as_json, as_markdown
 from longlora.chat.guarding import guard, is_local, set_headers
 from longlora.chat.request_bodies import json_body, named_documents, plain_turns, references
 from longlora.chat.session import Answer, ChatModel, ChatSession
-from longlora.chat.turns import Turns
+from longlora.chat.waiting_line import WaitingLine
 from longlora.errors import UserError, printable
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Page:
         self.documents = {secrets.token_urlsafe(16): document for document in documents}
         self._offered = list(self.documents)
         self._upload_bytes = int(model.settings.page.upload_megabytes * 1e6)
-        self._turns = Turns()
+        self._line = WaitingLine()
         self._stops: dict[str, threading.Event] = {}
         self._answering = ThreadPoolExecutor(1, _MODEL_THREAD)
         self._reading = ThreadPoolExecutor(READERS, _READING_THREAD)
@@ -111,7 +111,7 @@ class Page:
             {
                 "model": self.model.name,
                 "window": self.model.window,
-                "seen": self.model.seen,
+                "seen": self.model.reach,
                 "attention_sinks": sinks and {"sinks": sinks.sinks, "recent": sinks.recent},
                 "prompt_format": self.model.prompts.name,
                 "upload_bytes": self._upload_bytes,
@@ -205,13 +205,13 @@ class Page:
             raise UserError("the question is empty: say what to ask.")
         stream = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await stream.prepare(request)
-        number, stop, ticket = secrets.token_urlsafe(16), threading.Event(), self._turns.join()
+        number, stop, ticket = secrets.token_urlsafe(16), threading.Event(), self._line.join()
         self._stops[number] = stop
         # the handler is cancelled when the browser is gone, wherever it waits
         making: asyncio.Future[None] | None = None
         try:
             await _send(stream, ("begin", {"id": number}))
-            async for ahead in self._turns.ahead(ticket):
+            async for ahead in self._line.ahead(ticket):
                 await _send(stream, ("queue", {"ahead": ahead}))
             loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
             making = loop.run_in_executor(
@@ -231,7 +231,7 @@ class Page:
             stop.set()
 
             def free(_done: object = None) -> None:
-                self._turns.leave(ticket)
+                self._line.leave(ticket)
                 del self._stops[number]
 
             # the next in line must not begin while this one still has the model

@@ -109,7 +109,7 @@ class ChatModel:
         return SinkWindow(model, sinks, recent or size - sinks)
 
     @property
-    def seen(self) -> int | None:
+    def reach(self) -> int | None:
         """Most tokens that the model sees at a time; None: no limit is known."""
         return self.sinks.size if self.sinks else self.window
 
@@ -117,15 +117,15 @@ class ChatModel:
     def reserve(self) -> int:
         """Tokens that a document must leave for questions and answers."""
         answer = self.settings.answer.answer_tokens
-        return answer if self.seen is None else min(answer, self.seen // 4)
+        return answer if self.reach is None else min(answer, self.reach // 4)
 
     def room(self, documents: Sequence[ChatDocument]) -> int | None:
         """Tokens that documents may have in all, beside the words around them, a question and its answer."""
-        if self.seen is None:
+        if self.reach is None:
             return None
         empty = [replace(each, text="") for each in documents]
         frame = len(self.prompts.prompt(empty, [{"role": "user", "content": ""}]))
-        return max(self.seen - self.reserve - frame - JOINT_TOKENS * len(empty), 1)
+        return max(self.reach - self.reserve - frame - JOINT_TOKENS * len(empty), 1)
 
     def surplus(self, documents: Sequence[ChatDocument]) -> int:
         """By how many tokens the documents are longer than the room they have; 0 where they fit."""
@@ -139,7 +139,7 @@ class ChatModel:
         verb = "has" if len(documents) == 1 else "together have"
         return (
             f"{names} {verb} {total:,} tokens, {self.surplus(documents):,} more than fit: {self.name} sees "
-            f"{self.seen:,} tokens, of which {room:,} are left for documents beside questions and answers"
+            f"{self.reach:,} tokens, of which {room:,} are left for documents beside questions and answers"
         )
 
     def section_budget(self, document: ChatDocument) -> int:

@@ -139,7 +139,7 @@ class Conversation:
                 _note(f"longlora: {error}")
 
     def _greet(self) -> None:
-        seen = f"sees {self.model.seen:,} tokens" if self.model.seen else "has a window of unknown length"
+        seen = f"sees {self.model.reach:,} tokens" if self.model.reach else "has a window of unknown length"
         _note(f"{self.model.name} {seen} ({self.model.prompts.name} prompts). /help lists the commands.")
         self._documents()
 
@@ -162,7 +162,7 @@ class Conversation:
 
     def _documents(self, sections: bool = False) -> None:
         for each in self.session.documents:
-            share = f", {each.tokens / self.model.seen:.0%} of the window" if self.model.seen else ""
+            share = f", {each.tokens / self.model.reach:.0%} of the window" if self.model.reach else ""
             _note(f"{each.label}: {each.tokens:,} tokens{share}")
         if sections and not self.session.documents:
             _note("no document: /open FILE asks about one")

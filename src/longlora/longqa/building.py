@@ -16,7 +16,7 @@ from longlora.errors import UserError, printable
 from longlora.longqa.answers import Answer, plain
 from longlora.longqa.pair_files import GrowingPairs
 from longlora.longqa.pairs import question_and_answer
-from longlora.longqa.planning import Plan, Task, task_key
+from longlora.longqa.planning import QuestionPlan, Task, task_key
 from longlora.progress import Progress
 from longlora.settings import BuildLongQASettings
 
@@ -53,7 +53,7 @@ def build_pairs(settings: BuildLongQASettings) -> dict[str, Any]:
     there = len(present)
     del present  # with all their material
     reached = _endpoint(settings) if settings.teacher_url and not settings.dry_run else None
-    plan = Plan(settings, _tokenizer(settings))
+    plan = QuestionPlan(settings, _tokenizer(settings))
     estimate = plan.estimate(done)
     if there > estimate.already:
         logger.info("%s holds %d pairs of another plan; they stay", settings.output, there - estimate.already)

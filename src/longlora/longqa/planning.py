@@ -107,7 +107,7 @@ class Estimate:
         ]
 
 
-class Plan:
+class QuestionPlan:
     """The tasks of the settings."""
 
     def __init__(self, settings: BuildLongQASettings, tokenizer: Any = None) -> None:

@@ -76,7 +76,7 @@ def panels(pattern: str, group: int, config: dict[str, Any], options: PatternOpt
     ]
 
 
-def seen(cut: Cut, tokens: int, group: int) -> Iterator[tuple[int, int, int]]:
+def visible_pairs(cut: Cut, tokens: int, group: int) -> Iterator[tuple[int, int, int]]:
     """`(i, j, block)` for every token `i`, in `block`, and each token `j` that it sees."""
     cuts, blocks = partition(cut, tokens, group), {}
     for block, members in enumerate(cuts.blocks):
@@ -122,7 +122,7 @@ def _panel(who: str, cut: Cut, group: int) -> Panel:
         )
         if given
     )
-    cells = list(seen(cut, TOKENS, group))
+    cells = list(visible_pairs(cut, TOKENS, group))
     side, gap = 12, 1
     size = TOKENS * side
     drawing = Drawing(size, size, f"{who}: {what}. Token by token, the earlier tokens that each one sees.")

@@ -11,8 +11,8 @@ from longlora.results import (
     KINDS,
     MEASURES,
     Answers,
-    Document,
     Perplexities,
+    Result,
     Retrieval,
     number,
     read,
@@ -23,8 +23,8 @@ from longlora.run_directory import RunDirectory
 Content = dict[str, Any] | str
 """What a section's template draws, or the sentence that says why the section is left out."""
 
-Read = TypeVar("Read", Perplexities, Answers)
-Kind = TypeVar("Kind", bound=Document)
+OfARun = TypeVar("OfARun", Perplexities, Answers)
+Kind = TypeVar("Kind", bound=Result)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class Evaluated:
 
     name: str
     folder: Path
-    documents: Mapping[str, Document] = field(default_factory=dict)
+    documents: Mapping[str, Result] = field(default_factory=dict)
     unreadable: tuple[str, ...] = ()
     is_baseline: bool = False
 
@@ -132,7 +132,7 @@ def read_run(folder: str | Path) -> Recorded:
                 return read_object(path, str(path.relative_to(run.path)), unreadable)
         return {}
 
-    def every(kind: type[Read]) -> list[Read]:
+    def every(kind: type[OfARun]) -> list[OfARun]:
         prefix = {Perplexities: "perplexity-", Answers: "answers-"}[kind]
         names = sorted(path.stem for path in run.evaluation.glob(f"{prefix}*.json"))
         found = [(name.removeprefix(prefix), read(kind, evaluation(name) or None)) for name in names]
@@ -166,7 +166,7 @@ def is_results_folder(folder: Path) -> bool:
 def read_results(folder: Path, name: str, *, is_baseline: bool = False) -> Evaluated:
     """Every result in `folder`, of the model that the page calls `name`."""
     unreadable: list[str] = []
-    documents: dict[str, Document] = {}
+    documents: dict[str, Result] = {}
     for measure, kind in KINDS.items():
         file = folder / f"{measure}.json"
         value = read_object(file, f"{file.parent.name}/{file.name}", unreadable)
@@ -226,16 +226,16 @@ def _object(parse: Callable[[], Any], name: str, unreadable: list[str]) -> dict[
     return {}
 
 
-def _named(name: str, document: Read) -> Read:
+def _named(name: str, document: OfARun) -> OfARun:
     """The document with its name and a label; of perplexities one result a context, shortest first."""
     named: Any = replace(document, name=name, label=document.label or document.model or name)
     if isinstance(named, Perplexities):
         by_context = {result.context: result for result in named.results}
         named = replace(named, results=tuple(by_context[context] for context in sorted(by_context)))
-    return cast(Read, named)
+    return cast(OfARun, named)
 
 
-def _order(document: Document) -> tuple[float, str]:
+def _order(document: Result) -> tuple[float, str]:
     """The place a file asks for; else the base model first and the trained one last."""
     name = str(getattr(document, "name", ""))
     usual = {"base": 0.0, "trained": 2.0}.get(name, 1.0)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from longlora.report.wording import listed, spread, whole
-from longlora.results import Document, LongPPL, Retrieval, Ruler, Short
+from longlora.results import LongPPL, Result, Retrieval, Ruler, Short
 
 Thing = TypeVar("Thing")
 
@@ -15,7 +15,7 @@ UNSAID = ("fingerprint",)
 """Parts of a way that tell measurements apart and mean nothing to a reader."""
 
 
-def way_of(document: Document) -> Way:
+def way_of(document: Result) -> Way:
     """How the measurement was made, as far as others must have been made so too."""
     if isinstance(document, Retrieval):
         counts = [cell.trials + cell.skipped for cell in document.results]
@@ -55,7 +55,7 @@ def joined(value: str | Sequence[str]) -> str:
     return value if isinstance(value, str) else ", ".join(value)
 
 
-def _prompts(document: Document) -> dict[str, str]:
+def _prompts(document: Result) -> dict[str, str]:
     """How prompts were written."""
     said = "not said" if document.chat is None else "chat template" if document.chat else "plain text"
     said += " with a system turn" if document.system is not None else ""

@@ -33,7 +33,7 @@ class Cell:
     def seed(self) -> int:
         return self.settings.training.seed
 
-    def placed(self, folder: Path) -> "Cell":
+    def in_folder(self, folder: Path) -> "Cell":
         """The cell with the run directory it has below `folder`."""
         path = folder / "cells" / f"{self.name}-seed{self.seed}"
         return replace(self, settings=replace(self.settings, output=str(path)))

@@ -8,7 +8,7 @@ from longlora.reproduction import figures
 from longlora.reproduction.base import about, base_settings, refuse_mistakes, window_of
 from longlora.reproduction.entries import Table, size
 from longlora.reproduction.flops_table import flops_table
-from longlora.reproduction.page import places, write_result
+from longlora.reproduction.page import output_folders, write_result
 from longlora.reproduction.paper import PAPER
 from longlora.reproduction.real_model import real_model
 from longlora.reproduction.table_document import about_paper, document_of, gather, grid, numbers, paper_grid, words
@@ -86,7 +86,7 @@ def _write(
     for table, each in zip(tables, made, strict=True):
         name = table.part or settings.name
         grids[name] = numbers(each)
-        saved = [figures.save(each, table.figure, place / name) for place in places(settings, folder)]
+        saved = [figures.save(each, table.figure, place / name) for place in output_folders(settings, folder)]
         drawn.append(name if all(saved) else "")
     write_result(settings, folder, document, page_text(made, drawn), grids)
     if not settings.json:

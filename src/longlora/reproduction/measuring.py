@@ -31,24 +31,24 @@ PASSAGES = 48
 RECALL_PLACES = (3, 6, 10, 13)
 """Distances of repeated passages, in sixteenths of the context."""
 
-Result = dict[str, Any]
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Measure:
     """How a measurement is made, and which number of it an entry shows."""
 
-    make: Callable[[Any, Data, ExtendSettings, str], Result]
+    make: Callable[[Any, Data, ExtendSettings, str], Json]
     """(model, data, settings, N of `MEASURE-N`) -> JSON."""
 
-    read: Callable[[Result, str], float]
+    read: Callable[[Json, str], float]
     """(that JSON, N) -> the number."""
 
     shared: bool = False
     """One file, whatever N is."""
 
 
-def _perplexity(model: Any, data: Data, settings: ExtendSettings, context: str) -> Result:
+def _perplexity(model: Any, data: Data, settings: ExtendSettings, context: str) -> Json:
     """On the same documents at every context, windows sliding by half of it."""
     longest = settings.perplexity.min_document_tokens or settings.positions.context
     way = PerplexitySettings(
@@ -60,7 +60,7 @@ def _perplexity(model: Any, data: Data, settings: ExtendSettings, context: str) 
     return {"perplexity": perplexity(model, data.held_out, way, progress=False)[0].perplexity}
 
 
-def _own(model: Any, data: Data, settings: ExtendSettings, context: str) -> Result:
+def _own(model: Any, data: Data, settings: ExtendSettings, context: str) -> Json:
     """Perplexity with the attention of the training."""
     if settings.attention.pattern == "full":
         return _perplexity(model, data, settings, context)
@@ -72,18 +72,18 @@ def _own(model: Any, data: Data, settings: ExtendSettings, context: str) -> Resu
         use_shifted_attention(model, *own)
 
 
-def _recall(model: Any, data: Data, settings: ExtendSettings, _: str) -> Result:
+def _recall(model: Any, data: Data, settings: ExtendSettings, _: str) -> Json:
     context = settings.positions.context
     distances = [context * places // 16 for places in RECALL_PLACES]
     found = recall(model, data.held_out, distances, PASSAGES, settings.training.seed, context)
     return {"recall": [point.to_dict() for point in found]}
 
 
-def _recalled(document: Result, distance: str) -> float:
+def _recalled(document: Json, distance: str) -> float:
     return next(point["accuracy"] for point in document["recall"] if point["distance"] == int(distance))
 
 
-def _copies(model: Any, data: Data, settings: ExtendSettings, _: str) -> Result:
+def _copies(model: Any, data: Data, settings: ExtendSettings, _: str) -> Json:
     """Perplexity at the target context, windows sliding by a quarter, by the distance of the nearest copy."""
     context = settings.positions.context
     found = perplexity_by_distance(model, _long(data, context, DOCUMENTS), context, context // 4, copy_edges(context))
@@ -96,14 +96,14 @@ def copy_edges(context: int) -> list[int]:
     return [group // 2, group, 2 * group]
 
 
-def _copied(document: Result, nearest: str) -> float:
+def _copied(document: Json, nearest: str) -> float:
     """Perplexity of the sort that begins at the distance `nearest`, or of all sorts."""
     sorts = [sort for sort in document["by_distance"] if nearest in ("all", str(sort["nearest"]))]
     tokens = sum(sort["tokens"] for sort in sorts)
     return math.exp(sum(sort["nll"] for sort in sorts) / tokens) if tokens else math.nan
 
 
-def _start(model: Any, data: Data, settings: ExtendSettings, _: str) -> Result:
+def _start(model: Any, data: Data, settings: ExtendSettings, _: str) -> Json:
     """Perplexity before training, on the windows that the run itself watches."""
     context = settings.positions.context
     return {"perplexity": math.exp(document_loss(_long(data, context, WATCHED_DOCUMENTS), context)(model))}
@@ -113,7 +113,7 @@ def _long(data: Data, context: int, most: int) -> Sequence[np.ndarray]:
     return [ids for ids in data.held_out if len(ids) >= context][:most]
 
 
-def _plain_perplexity(document: Result, _: str) -> float:
+def _plain_perplexity(document: Json, _: str) -> float:
     return document["perplexity"]
 
 
@@ -135,18 +135,18 @@ def measure_file(kind: str, number: str) -> str | None:
     return kind if MEASURES[kind].shared or not number else f"{kind}-{number}"
 
 
-def made(name: str, model: Any, data: Data, settings: ExtendSettings) -> Result:
+def measured(name: str, model: Any, data: Data, settings: ExtendSettings) -> Json:
     """The measurement `name`, as JSON."""
     kind, _, number = name.partition("-")
     return MEASURES[kind].make(model, data, settings, number)
 
 
-def _embed_rate(cell: Cell, _: Result) -> float | None:
+def _embed_rate(cell: Cell, _: Json) -> float | None:
     training = cell.settings.training
     return training.embed_lr or (training.lr if {"embed", "full"} & set(cell.settings.trainable.train) else None)
 
 
-TOOK: Mapping[str, Callable[[Cell, Result], float | None]] = {
+TOOK: Mapping[str, Callable[[Cell, Json], float | None]] = {
     "seconds": lambda _, result: result["training"]["seconds"],
     "gigabytes": lambda _, result: result["training"]["memory_bytes"] / 1e9,
     "millions": lambda _, result: result["trainable"]["trainable"] / 1e6,
@@ -158,7 +158,7 @@ TOOK: Mapping[str, Callable[[Cell, Result], float | None]] = {
 that attention looked at; and its learning rates."""
 
 
-def number_of(kind: str, number: str, cell: Cell, result: Result) -> float | None:
+def number_of(kind: str, number: str, cell: Cell, result: Json) -> float | None:
     """The number that an entry shows, from its placed and finished cell; None where it has not been measured."""
     run = RunDirectory(cell.settings.output)
     if kind == "step":

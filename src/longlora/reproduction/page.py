@@ -28,7 +28,7 @@ def write_result(
         text: the page, Markdown.
         tables: by the name of their file.
     """
-    everywhere = places(settings, folder)
+    everywhere = output_folders(settings, folder)
     write_json(folder / f"{settings.name}.json", document, ascii=False)
     write_whole(folder / f"{settings.name}.md", text)
     if settings.pages:
@@ -38,7 +38,7 @@ def write_result(
             write_whole(place / f"{name}.csv", csv(grid))
 
 
-def places(settings: ReproduceSettings, folder: Path) -> list[Path]:
+def output_folders(settings: ReproduceSettings, folder: Path) -> list[Path]:
     """The folders, made where they are not there, that hold what people read: OUTPUT, and that of `--pages`."""
     found = [folder, *([Path(settings.pages)] if settings.pages else [])]
     for place in found:

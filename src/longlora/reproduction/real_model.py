@@ -139,7 +139,7 @@ class Study:
         )
         return Cell(name, arm.label, settings)
 
-    def place(self, name: str, measure: str) -> Path:
+    def result_file(self, name: str, measure: str) -> Path:
         """The document of a measurement."""
         return self.folder / "arms" / name / "evaluation" / f"{measure}.json"
 
@@ -147,7 +147,7 @@ class Study:
         """What every evaluation of an arm is told: the model, how its positions are stretched, where results go."""
         arm, context = self.known[name], self.base.positions.context
         dtype = self.base.training.dtype
-        own = {"output": str(self.place(name, "").parent), "resume": True, "json": True, "dtype": dtype}
+        own = {"output": str(self.result_file(name, "").parent), "resume": True, "json": True, "dtype": dtype}
         if arm.attention is not None:
             return own | {"models": (str(self.folder / "arms" / name),)}
         return own | {"models": (self.settings.model,), "extend_to": context * arm.stretch, "method": arm.method}
@@ -201,7 +201,7 @@ def real_model(settings: ReproduceSettings) -> dict[str, Any]:
     began = time.monotonic()
     for measure, make in MEASURES.items():
         for name in chosen:
-            if study.place(name, measure).exists() or (measure == "ruler" and missing):
+            if study.result_file(name, measure).exists() or (measure == "ruler" and missing):
                 continue
             if settings.minutes is not None and time.monotonic() - began > 60 * settings.minutes:
                 left.append(f"{measure} of {name}")
@@ -255,7 +255,9 @@ def _write(study: Study, left: Sequence[str], missing: Sequence[str]) -> dict[st
     """Gather what stands, and write it."""
     settings, base = study.settings, study.base
     found = {
-        name: {each: json.loads(file.read_text()) for each in MEASURES if (file := study.place(name, each)).exists()}
+        name: {
+            each: json.loads(file.read_text()) for each in MEASURES if (file := study.result_file(name, each)).exists()
+        }
         for name in study.known
     }
     document: dict[str, Any] = {

@@ -12,7 +12,7 @@ from longlora.reproduction.cells import finished
 from longlora.reproduction.entries import Check, Entry, Ratio, Table
 from longlora.reproduction.measuring import number_of
 from longlora.reproduction.paper import PaperTable
-from longlora.reproduction.table_runs import placed
+from longlora.reproduction.table_runs import cell_of
 from longlora.settings import ExtendSettings
 
 FAR = 1.5
@@ -28,7 +28,7 @@ def gather(table: Table, base: ExtendSettings, seeds: Sequence[int], folder: Pat
     """Every number of the table that is there."""
 
     def number(entry: Entry, seed: int) -> float | None:
-        cell = placed(entry, base, seed, folder)
+        cell = cell_of(entry, base, seed, folder)
         result = finished(cell)
         return None if result is None else number_of(entry.kind, entry.number, cell, result)
 

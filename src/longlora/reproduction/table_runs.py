@@ -21,7 +21,7 @@ from longlora.model.loading import load
 from longlora.model.positions import extend_positions
 from longlora.reproduction.cells import Cell, differences, finished, train_cell
 from longlora.reproduction.entries import Entry, Ratio, Table
-from longlora.reproduction.measuring import made, measure_file
+from longlora.reproduction.measuring import measure_file, measured
 from longlora.reproduction.processes import in_processes
 from longlora.run_directory import RunDirectory
 from longlora.settings import ExtendSettings
@@ -64,7 +64,7 @@ def jobs_of(tables: Sequence[Table], base: ExtendSettings, seeds: Sequence[int],
     found: dict[tuple[str, int], Job] = {}
     for seed in seeds:
         for entry in entries:
-            cell = placed(entry, base, seed, folder)
+            cell = cell_of(entry, base, seed, folder)
             known = found.get((cell.name, cell.seed))
             name = measure_file(entry.kind, entry.number)
             measures = dict.fromkeys((*(known.measures if known else ()), *([name] if name else [])))
@@ -72,9 +72,9 @@ def jobs_of(tables: Sequence[Table], base: ExtendSettings, seeds: Sequence[int],
     return list(found.values())
 
 
-def placed(entry: Entry, base: ExtendSettings, seed: int, folder: Path) -> Cell:
+def cell_of(entry: Entry, base: ExtendSettings, seed: int, folder: Path) -> Cell:
     """The entry's cell with its run directory; without training the seed draws nothing, so one cell serves all."""
-    return entry.way.cell(base, seed if entry.way.trained else 0).placed(folder)
+    return entry.way.cell(base, seed if entry.way.trained else 0).in_folder(folder)
 
 
 def run_jobs(todo: Sequence[Job], jobs: int, minutes: float | None, reuse: Sequence[str]) -> None:
@@ -119,7 +119,7 @@ def run_job(job: Job) -> None:
         model, data = _stretched(job.cell, run) if not job.cell.trained else _trained(job.cell, run)
         for name in job.measures:
             if run.read_evaluation(name) is None:
-                run.write_evaluation(name, made(name, model, data, job.cell.settings))
+                run.write_evaluation(name, measured(name, model, data, job.cell.settings))
 
 
 def _stretched(cell: Cell, run: RunDirectory) -> tuple[Any, Data]:

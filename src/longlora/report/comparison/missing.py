@@ -9,7 +9,7 @@ from longlora.report.comparison.perplexity_lines import groups, lines
 from longlora.report.comparison.subjects import Subject
 from longlora.report.ways import alike, joined, way_of
 from longlora.report.wording import capital, listed
-from longlora.results import MEASURES, Document
+from longlora.results import MEASURES, Result
 
 NAMES = {
     "perplexity": "perplexity",
@@ -87,7 +87,7 @@ def _done(measure: str, subjects: Sequence[Subject]) -> tuple[set[str], set[str]
     return {path for path, _ in measured}, {path for path, _ in usual}, _options([document for _, document in usual])
 
 
-def _options(documents: Sequence[Document]) -> list[str]:
+def _options(documents: Sequence[Result]) -> list[str]:
     """The options of the command that one of `documents` keeps, without those of its own model."""
     command = next((document.command for document in documents if document.command), ())
     words = itertools.dropwhile(lambda word: not word.startswith("-"), command)

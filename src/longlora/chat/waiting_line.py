@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 
-class Turns:
+class WaitingLine:
     """A line of waiting answers, for one event loop."""
 
     def __init__(self) -> None:
