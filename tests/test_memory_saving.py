@@ -493,7 +493,7 @@ def test_auto_fits_into_what_is_free_here(monkeypatch, caplog):
         ("--memory auto --gpu-memory 8", "80GB or 24GiB"),
         ("--memory best", "manual"),
         ("--loss-kernel fused", "chunked"),
-        ("--offload-activations --no-gradient-checkpointing", "what gradient checkpointing saves"),
+        ("--offload-activations --no-gradient-checkpointing", "no effect without gradient checkpointing"),
         ("--base-bits 4 --train full", "every weight trains"),
         ("--offload-optimizer", "training runs on the CPU"),
         ("--offload-activations", "training runs on the CPU"),

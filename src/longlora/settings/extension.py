@@ -163,8 +163,7 @@ class ExtendSettings(CommandSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.memory.check(self.training.gradient_checkpointing, self.trainable.train)
-        self.memory.check_budget_is_used()
+        self.memory.check(self.training.gradient_checkpointing, self.trainable.train, trains=True)
         if not self.corpus.data:
             raise UserError("--data is missing: name files, folders, hub:NAME, or stdlib to train on.")
         if self.positions.row_tokens is not None and self.corpus.packing == "isolate":

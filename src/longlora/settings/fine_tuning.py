@@ -94,8 +94,7 @@ class SftSettings(CommandSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.memory.check(self.training.gradient_checkpointing, self.trainable.train)
-        self.memory.check_budget_is_used()
+        self.memory.check(self.training.gradient_checkpointing, self.trainable.train, trains=True)
         if not self.data:
             raise UserError("--data is missing: name the files of question-answer pairs to train on.")
         if not 0 <= self.held_out < 1:

@@ -86,25 +86,25 @@ class MemorySettings(Checked):
             raise UserError(f"--gpu-memory is '{self.gpu_memory}': it must be a size such as 80GB or 24GiB.")
         return size
 
-    def check(self, gradient_checkpointing: bool, train: tuple[str, ...]) -> None:
-        """Raises UserError where a switch does not go with what trains, or with no gradient checkpointing."""
-        if self.layer_tile and not gradient_checkpointing and self.memory == "manual":
-            raise UserError(
-                "--layer-tile is gradient checkpointing in tiles, and that is off: leave out "
-                "--no-gradient-checkpointing."
-            )
-        if self.offload_activations and not gradient_checkpointing and self.memory == "manual":
-            raise UserError(
-                "--offload-activations moves what gradient checkpointing saves, and that is off: leave out "
-                "--no-gradient-checkpointing."
-            )
+    def check(self, gradient_checkpointing: bool, train: tuple[str, ...], trains: bool = False) -> None:
+        """Raises UserError where a switch does not go with what trains, or with no gradient checkpointing.
+
+        Args:
+            gradient_checkpointing: it is on.
+            train: parts that train.
+            trains: of a command that trains, for which sizes say something only where switches are chosen by them.
+        """
+        manual = self.memory == "manual"
+        for name, does in (("layer_tile", "is it in tiles"), ("offload_activations", "moves what it saves")):
+            if getattr(self, name) and not gradient_checkpointing and manual:
+                raise UserError(
+                    f"--{name.replace('_', '-')} has no effect without gradient checkpointing ({does}): leave out "
+                    "--no-gradient-checkpointing."
+                )
         if self.base_bits == 4 and "full" in train:
             raise UserError("--base-bits is 4 but every weight trains: leave it out, or train lora, norm and embed.")
-
-    def check_budget_is_used(self) -> None:
-        """Raises UserError where a training command is told what to fit into, and nothing is fitted."""
         for name in ("gpu_memory", "reserve"):
-            if self.memory == "manual" and getattr(self, name) != getattr(type(self), name):
+            if trains and manual and getattr(self, name) != getattr(type(self), name):
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"{flag} is for --memory auto, which fits into it: give that too, or leave it out.")
 

@@ -94,8 +94,7 @@ class BenchStepSettings(MeasuredStepSettings):
             check_choice("--ways part", name, STEP_WAYS)
         if not self.ways:
             raise UserError(f"--ways is empty: give any of {', '.join(STEP_WAYS)}.")
-        self.memory.check(self.gradient_checkpointing, self.trainable.train)
-        self.memory.check_budget_is_used()
+        self.memory.check(self.gradient_checkpointing, self.trainable.train, trains=True)
         if self.memory.memory == "auto":
             raise UserError("--memory auto chooses switches by what fits: give those to measure by hand.")
 
