@@ -103,3 +103,33 @@ def test_a_default_is_said_once(capsys):
     assert "what trains is kept in float32. Default: bfloat16." in page
     assert "Tokens a group; default a quarter of the context (paper section 4.1, table 11). --final" in page
     assert "--[no-]gradient-checkpointing Recompute" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("extend", "--group-size TOKENS"),
+        ("eval perplexity", "--contexts TOKENS,TOKENS,…"),
+        ("eval short", "--limit SAMPLES"),
+        ("chat", "--section N "),
+        ("longqa check", "FILE "),
+        ("reproduce", "--only CELL,CELL,…"),
+        ("cache", "--unused-days DAYS"),
+        ("plan", "--method {yarn,"),
+    ],
+)
+def test_an_option_says_what_to_give(name, option, capsys):
+    assert f"\n  {option}" in help_of(name, capsys, "--help-all")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("eval perplexity demo --contexts 512,1", "--contexts is 1: it must be at least 2 tokens."),
+        ("plan demo --context 4096 --rank 0", "--rank is 0: it must be at least 1."),
+        ("reproduce table5", "unknown name 'table5': it must be one of table1"),
+        ("plan demo --context 4096 --method yearn", "Did you mean 'yarn'?"),
+    ],
+)
+def test_what_a_setting_allows_is_checked(words, sentence, capsys):
+    assert sentence in said(words.split(), capsys)

@@ -101,7 +101,7 @@ def test_no_circle_of_imports_between_modules():
 ROOMS = {
     room: floor
     for floor, rooms in enumerate(
-        "errors|ranks whole_files|logs tables help_page|settings|progress results run_directory|corpus|model|"
+        "errors|ranks whole_files|logs tables|settings|progress results run_directory help_page|corpus|model|"
         "attention evaluation|"
         "planner report longqa|training chat|bench|demo|reproduction".split("|")
     )

@@ -13,14 +13,13 @@ from importlib import resources
 from typing import Any
 
 import tyro
-import yaml
 
 from longlora import ranks, results
 from longlora import settings as s
 from longlora.errors import REQUEUE, Interrupted, UserError, check_choice, nearest, printable
 from longlora.help_page import help_page
 from longlora.logs import quiet_libraries
-from longlora.whole_files import NO_ROOM
+from longlora.whole_files import NO_ROOM, read_yaml
 
 COMMANDS: dict[str, tuple[type[s.CommandSettings], str]] = {
     "extend": (s.ExtendSettings, "longlora.training.extension:extend"),
@@ -187,13 +186,7 @@ def _value_of(flag: str, words: Sequence[str]) -> str | None:
 
 def _flags_of(kind: type[s.CommandSettings], path: str) -> tuple[list[str], list[str]]:
     """The positional arguments and the flags that a YAML recipe stands for."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            recipe = yaml.safe_load(file)
-    except OSError as error:
-        raise UserError(f"--config {path} cannot be read ({error.strerror}): name a YAML recipe.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}.") from error
+    recipe = read_yaml("--config", path)
     if not isinstance(recipe, dict):
         raise UserError(f"--config {path} must hold `name: value` lines with the names of the flags.")
     fields = _fields(kind)

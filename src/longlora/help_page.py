@@ -12,15 +12,16 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+from longlora.settings.fields import AtLeast
+
 METAVARS = {
-    "FILE": r"config|gguf|topic_list|questions",
+    "FILE": r"config|gguf|topic_list|questions|file",
     "FOLDER": r"output|cache|pages|reuse",
     "PATH": r"data|evaluation_data|documents?",
     "MODEL": r"models?|baseline|evaluator|tokenizer|teacher",
-    "TOKENS": r"(max_|short_)?context|extend_to|.*_tokens|.*stride|(final_)?group(_size)?|.*_piece_size|loss_chunk|"
-    r".*_tile|section|interval|sink_window",
+    "TOKENS": r"row_tokens|final_group_size|loss_chunk|extend_to|min_document_tokens|measure_limit",
     "STEPS": r"steps|.*_steps|.*_every",
-    "ROWS": r"batch|device_batch|evaluation_batch|rows",
+    "ROWS": r"batch|device_batch|rows",
     "RATE": r"lr|.*_lr",
     "SHARE": r".*_share|reserve|held_out|utilisation|lora_dropout|top_p",
     "SECONDS": r"timeout",
@@ -30,8 +31,14 @@ METAVARS = {
     "URL": r".*url|server",
     "TEXT": r"question|system",
     "NAME=SHARE,…": r"mix",
+    "PERCENT": r"threshold",
+    "VARIABLE": r"key_variable",
+    "DEVICE": r"device",
+    "ADDRESS": r"host",
+    "CELL,CELL,…": r"only",
 }
-"""What to give -> the settings that take it; where none fits, a whole number is an N, another number a NUMBER."""
+"""What to give -> the settings that take it, where neither choices nor a unit (`AtLeast`) say so; where none fits, a whole
+number is an N, another number a NUMBER."""
 
 
 def help_page(name: str, kind: type[Any], everything: bool) -> str:
@@ -112,10 +119,13 @@ def _metavar(owner: Any, field: Field) -> str:
     if isinstance(bare, types.UnionType):
         bare = next(each for each in typing.get_args(bare) if each is not type(None))
     stated = next((str(each.metavar) for each in more if getattr(each, "metavar", None)), None)
+    unit = next((each.unit.upper() for each in more if isinstance(each, AtLeast)), "")
     found = next((word for word, names in METAVARS.items() if re.fullmatch(names, field.name)), None)
+    if stated and stated.startswith("{"):
+        return stated
     if stated:
-        return found if found and "=" in found else stated
-    found = found or ("N" if bare is int else "NUMBER" if bare is float else "NAME")
+        return found or stated.replace("N,N", f"{unit},{unit}" if unit else "N,N")
+    found = unit or found or ("N" if bare is int else "NUMBER" if bare is float else "NAME")
     return f"{found} …" if typing.get_origin(bare) is tuple else found
 
 

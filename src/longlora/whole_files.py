@@ -9,6 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from longlora.errors import UserError
+
 MANIFEST = "manifest.json"
 """Beside the files of a folder: their sizes and checksums."""
 
@@ -71,6 +75,20 @@ def is_full(error: BaseException, folder: Path) -> bool:
     with suppress(OSError):
         return shutil.disk_usage(folder).free < 2**20
     return False
+
+
+def read_yaml(flag: str, path: str) -> Any:
+    """What the YAML file that `flag` names holds.
+
+    Raises:
+        UserError: it cannot be read, or is no YAML.
+    """
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be read ({error.strerror}): name a YAML file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {path} is not YAML: {' '.join(str(error).split())}.") from error
 
 
 def read_json(file: Path) -> dict[str, Any] | None:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-import yaml
-
 from longlora.errors import UserError, check_choice
 from longlora.longqa.prompts import BEGINNINGS
+from longlora.whole_files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,7 @@ def read_questions(path: str, material: str = "own") -> list[Question]:
     Raises:
         UserError: it cannot be read or is anything else.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            bank = yaml.safe_load(file)
-    except OSError as error:
-        raise UserError(f"--questions {path} cannot be read ({error.strerror}): name a YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--questions {path} is not YAML: {' '.join(str(error).split())}.") from error
+    bank = read_yaml("--questions", path)
     lists = bank.values() if isinstance(bank, dict) else [None]
     if not bank or not all(isinstance(each, list) and each and all(_is_text(one) for one in each) for each in lists):
         raise UserError(f"--questions {path} must hold `category: [question, …]` lines, a question or more in each.")

@@ -21,7 +21,7 @@ EXPORT_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuningSettings(OptimisationSettings):
-    """Optimisation of `longlora sft`: the extension's recipe, and so many epochs."""
+    """How long it trains and how it learns: by default 3 epochs of the paper's recipe (section 4.1, appendix B.2)."""
 
     epochs: float = 3.0
     """Times the training goes through all examples (the original fine-tunes for 3 to 5)."""
