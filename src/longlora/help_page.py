@@ -37,8 +37,8 @@ METAVARS = {
     "ADDRESS": r"host",
     "CELL,CELL,…": r"only",
 }
-"""What to give -> the settings that take it, where neither choices nor a unit (`AtLeast`) say so; where none fits, a whole
-number is an N, another number a NUMBER."""
+"""What to give -> the settings that take it, where neither choices nor a unit (`AtLeast`) say so. Where none fits, a
+whole number is an N, another number a NUMBER."""
 
 
 def help_page(name: str, kind: type[Any], everything: bool) -> str:
