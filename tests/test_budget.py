@@ -60,3 +60,11 @@ def test_a_tenth_of_what_is_trained() -> None:
     assert ExtendSettings(**given).tokens_to_evaluate() == 100 * 8 * 4096 // 10
     assert ExtendSettings(**given, evaluation_tokens=5).tokens_to_evaluate() == 5
     assert ExtendSettings(**given, perplexity=PerplexitySettings(stride=256)).tokens_to_evaluate() > 10**12
+
+
+def test_the_last_tokens_alone() -> None:
+    settings = PerplexitySettings(contexts=(2048, 8192, 16384), last_tokens=4096)
+    found = affordable([20_000] * 5, settings, 3 * (16 * 2048 + 8192 + 16384))
+    assert [(way.contexts, way.stride) for way in found.ways] == [((2048,), 256), ((8192,), 4096), ((16384,), 4096)]
+    assert {(way.max_documents, way.min_document_tokens, way.last_tokens) for way in found.ways} == {(3, 16384, 4096)}
+    assert found.tokens_read == 3 * (16 * 2048 + 8192 + 16384)

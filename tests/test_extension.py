@@ -13,6 +13,7 @@ from several_processes import die_at, together
 from transformers import AutoConfig
 
 from longlora.cli import main
+from longlora.evaluation import perplexity
 from longlora.run_directory import RunDirectory
 
 
@@ -374,6 +375,34 @@ def test_more_steps_on_resume_are_measured_anew(base_folder, documents, tmp_path
     main([*command(base_folder, documents, run, steps=6), "--resume"])
     second = RunDirectory(run).read_evaluation("perplexity-trained")
     assert second["results"][-1]["perplexity"] < first["results"][-1]["perplexity"]
+
+
+def test_a_killed_run_does_not_measure_again(base_folder, documents, tmp_path, monkeypatch):
+    """Killed while it measures the stretched model: nothing is read again but what a line of the log holds."""
+    run, real, read, killed = tmp_path / "run", perplexity._score_batch, {}, []
+
+    def counted(model, reading, places, bos):
+        measured = len(list((run / "evaluation").glob("perplexity-*.json")))
+        if measured == 1 and read.get(1, 0) > 600 and not killed:
+            killed.append(dict(read))
+            raise KeyboardInterrupt
+        read[measured] = read.get(measured, 0) + sum(
+            reading.windows[place][1].end - reading.windows[place][1].begin for place in places
+        )
+        return real(model, reading, places, bos)
+
+    monkeypatch.setattr(perplexity, "TOKENS_A_TRIAL", 256)
+    monkeypatch.setattr(perplexity, "_score_batch", counted)
+    words = command(base_folder, documents, run, steps=1)
+    with pytest.raises(SystemExit, match="130"):
+        main(words)
+    main([*words, "--resume"])
+    known = [RunDirectory(run).read_evaluation(f"perplexity-{name}") for name in ("base", "untrained", "trained")]
+    (once,) = {sum(result["tokens_read"] for result in each["results"]) for each in known}
+    assert once > 1000
+    assert (read[0], read[2]) == (once, once)
+    assert killed[0][1] > 600
+    assert once <= read[1] <= once + 256
 
 
 def test_running_out_of_memory_is_a_sentence(base_folder, documents, tmp_path, capsys, monkeypatch):

@@ -287,6 +287,72 @@ def test_one_text_for_all_contexts(model: Any) -> None:
     assert apart[0].text != apart[1].text == results[1].text
 
 
+@torch.no_grad()
+def last_tokens_loop(model: Any, document: np.ndarray, context: int, stride: int, first: int, end: int) -> float:
+    """The oracle: the loss of tokens `first` to `end`, `stride` at a time, with the `context` that ends there."""
+    total = 0.0
+    for known in range(first, end, stride):
+        reached = min(known + stride, end)
+        begin = max(0, reached - context)
+        logits = model(torch.from_numpy(document[begin:reached].astype(np.int64))[None]).logits[0].double()
+        for at in range(known, reached):
+            total -= float(logits[at - 1 - begin].log_softmax(-1)[document[at]])
+    return total
+
+
+@pytest.mark.parametrize(
+    ("count", "stride", "reads"),
+    [
+        # one window where the context is at least twice what is scored, and at the longest context always
+        (8, "auto", {8: (4, 2 * 8), 16: (8, 16), 48: (48, 48)}),
+        (9, "auto", {8: (4, 3 * 8), 16: (8, 2 * 16), 48: (48, 48)}),
+        (8, 3, {8: (3, 3 * 8), 16: (3, 3 * 16), 48: (48, 48)}),
+        (40, 8, {8: (7, 6 * 8), 16: (8, 5 * 16), 48: (48, 48)}),
+        (47, 16, {16: (15, 4 * 16), 48: (48, 48)}),
+        (1, "auto", {8: (1, 8), 48: (48, 48)}),
+    ],
+)
+def test_the_last_tokens_alone(
+    model: Any, count: int, stride: Any, reads: dict[int, tuple[int, int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same tokens at each context: the last `count` of the longest context; what is announced is what is read."""
+    documents = make_documents([60, 47, 48, 90])
+    long_enough = [documents[at] for at in (0, 2, 3)]
+    settings = PerplexitySettings(contexts=tuple(reads), stride=stride, last_tokens=count)
+    passed: list[int] = []
+    hook = model.model.embed_tokens.register_forward_hook(lambda _module, args, _output: passed.append(args[0].numel()))
+    with caplog.at_level(logging.INFO):
+        results = perplexity(model, documents, settings)
+    hook.remove()
+    for result, (context, (own, tokens)) in zip(results, reads.items(), strict=True):
+        expected = [last_tokens_loop(model, each, context, own, 48 - count, 48) for each in long_enough]
+        assert result.document_nll == pytest.approx(expected, rel=1e-6)
+        assert result.document_tokens == (count,) * 3
+        assert result.tokens_read == 3 * tokens
+        assert (result.tokens, result.documents, result.skipped_documents) == (3 * count, 3, 1)
+    assert f"{sum(result.tokens_read for result in results):,} tokens to read" in caplog.text
+    assert sum(passed[2:]) == sum(result.tokens_read for result in results)  # after two passes that are timed
+    assert len({result.text for result in results}) == 1
+    # a shorter context alone is scored on the same tokens where --min-document-tokens says so
+    alone = replace(settings, contexts=(16,), min_document_tokens=48)
+    (again,) = perplexity(model, documents, alone, progress=False)
+    assert (again.text, again.tokens) == (results[0].text, results[0].tokens)
+    if 16 in reads:
+        assert again == results[list(reads).index(16)]
+    (other,) = perplexity(model, documents, replace(alone, last_tokens=2), progress=False)
+    assert other.text != again.text
+
+
+def test_last_tokens_that_do_not_fit(model: Any) -> None:
+    for given in ({"score": "window"}, {"score": "stream"}, {"texts": "each"}):
+        with pytest.raises(UserError, match="--last-tokens scores each of the same tokens once at all contexts"):
+            PerplexitySettings(last_tokens=4, **given)
+    with pytest.raises(UserError, match="last-tokens is 0"):
+        PerplexitySettings(last_tokens=0)
+    with pytest.raises(UserError, match="--last-tokens is 16: it must be below the longest context, 16 tokens"):
+        perplexity(model, make_documents(), PerplexitySettings(contexts=(8, 16), stride=4, last_tokens=16))
+
+
 def test_strides() -> None:
     chosen = {context: PerplexitySettings().stride_at(context) for context in (64, 512, 2048, 8192, 131072)}
     assert chosen == {64: 32, 512: 256, 2048: 256, 8192: 1024, 131072: 16384}
@@ -359,7 +425,9 @@ def test_the_report_is_json(model: Any) -> None:
     results = perplexity(model, make_documents(), settings, progress=False)
     report = json.loads(json.dumps(perplexity_report("some/model", "books", settings, results)))
     entries = report.pop("results")
-    assert report == {"model": "some/model", "data": "books", "stride": 8, "score": "window", "texts": "one"}
+    assert report == {"model": "some/model", "data": "books", "stride": 8, "score": "window", "texts": "one"} | {
+        "last_tokens": None
+    }
     assert [entry["context"] for entry in entries] == [16, 32]
     assert entries[0] == results[0].to_dict()
     assert set(entries[0]) == {

@@ -303,6 +303,22 @@ def test_time_follows_from_operations_and_rate():
 # ------------------------------------------------------------------------------------------------- command, recipe
 
 
+def test_what_extend_measures_is_counted(capsys):
+    """A tenth of what is trained, as forward passes over full rows with full attention."""
+    asked = ("llama2-7b", "--context", "32768", "--gpus", "8")
+    document = plan(settings(*asked))
+    printed = capsys.readouterr().out
+    counted = document["evaluation"]
+    assert counted["tokens"] == 1000 * 64 * 32768 // 10
+    rows = counted["tokens"] / 32768
+    assert counted["flops"] == pytest.approx(rows * document["causal_flops"]["full"]["total"])
+    assert counted["seconds"] == pytest.approx(counted["flops"] / (8 * 0.4 * 312e12))
+    assert "stretched and after: at most 209,715,200 tokens (--evaluation-tokens), 76.3 min." in printed
+    assert plan(settings(*asked, "--evaluation-tokens", "0", "--json"))["evaluation"]["seconds"] == 0
+    assert plan(settings(*asked, "--stride", "256"))["evaluation"]["tokens"] is None
+    assert "before, stretched and after: what --stride and --max-documents ask for." in capsys.readouterr().out
+
+
 def test_the_document():
     document = run("llama2-7b", "--context", "8192", "--gpu-memory", "80GB")
     parts = ["attention", "projection", "ffn", "other", "total"]

@@ -69,6 +69,7 @@ def test_before_and_after_on_the_same_documents(places: Path) -> None:
         "score": "last",
         "max_documents": None,
         "min_document_tokens": 64,
+        "last_tokens": None,
         "tasks": [],
     }
     assert [result["context"] for result in results] == [16, 32, 64]

@@ -1,4 +1,4 @@
-"""The processes that train together: which of them this one is, what shares the model out, and what all agree on.
+"""The processes that work together: which of them this one is, what shares the model out, and what all agree on.
 
 torchrun, Accelerate and Slurm's srun (recipes/slurm.sbatch) put it into the environment before a process starts.
 Nothing here imports torch before it must.
@@ -7,11 +7,12 @@ Nothing here imports torch before it must.
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 from longlora.errors import UserError
 
+Part = TypeVar("Part")
 Result = TypeVar("Result")
 
 _OURS = "LONGLORA_USE_FSDP"
@@ -126,6 +127,23 @@ _present: list[tuple[str, int, float]] = []
 def joined() -> bool:
     """Whether there are others, and this process has met them."""
     return bool(_present)
+
+
+def together() -> int:
+    """How many processes have met; 1 before they did."""
+    return len(_present) or 1
+
+
+def shared_out(work: Sequence[Part], run: Callable[[Part], Result]) -> Iterator[tuple[Part, Result]]:
+    """Each part of `work` with what `run` made of it, in order: each process does every n-th, all know every result.
+
+    work      0   1   2   3   4        two processes; the last round has one part left, and the second process
+    first     0       2       4        does it too, so that models whose layers are spread over the processes (FSDP)
+    second        1       3  (4)       run as many forward passes everywhere
+    """
+    for first in range(0, len(work), together()):
+        parts = work[first : first + together()]
+        yield from zip(parts, everyones(run(parts[min(rank(), len(parts) - 1)])), strict=False)
 
 
 def everyones(value: Result) -> list[Result]:

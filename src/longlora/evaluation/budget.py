@@ -40,15 +40,16 @@ def affordable(lengths: Sequence[int], settings: PerplexitySettings, budget: int
     longest = max(settings.contexts)
     long_enough = [length for length in lengths if length >= max(longest, settings.min_document_tokens or 0)]
     long_enough = long_enough[: settings.max_documents]
-    excerpt = max(2 * longest, settings.min_document_tokens or 0)
-    shares = (8, 4, 2, 1) if settings.stride == "auto" and settings.score != "stream" else (0,)
+    excerpt = max((1 if settings.last_tokens else 2) * longest, settings.min_document_tokens or 0)
+    own = settings.stride != "auto" or settings.score == "stream" or settings.last_tokens is not None
+    shares = (0,) if own else (8, 4, 2, 1)
     found: list[tuple[int, dict[int, int], list[int]]] = []
     for share in shares:
         strides = {
             context: max(settings.stride_at(context), min(context // share, context - 1) if share else 0)
             for context in settings.contexts
         }
-        costs = [_cost(min(length, excerpt), strides, settings.score) for length in long_enough]
+        costs = [_cost(min(length, excerpt), strides, settings) for length in long_enough]
         bought, spent = 0, 0
         while bought < len(costs) and (bought < FEWEST_DOCUMENTS or spent + costs[bought] <= budget):
             spent += costs[bought]
@@ -57,8 +58,8 @@ def affordable(lengths: Sequence[int], settings: PerplexitySettings, budget: int
         if spent <= budget and bought >= min(ENOUGH_DOCUMENTS, len(long_enough)):
             break
     spent, strides, chosen = found[-1]
-    whole = sum(_cost(length, strides, settings.score) for length in chosen)
-    if whole <= budget:
+    whole = sum(_cost(length, strides, settings) for length in chosen)
+    if whole <= budget and settings.last_tokens is None:
         spent, excerpt = whole, 0
     ways = tuple(
         replace(
@@ -73,10 +74,10 @@ def affordable(lengths: Sequence[int], settings: PerplexitySettings, budget: int
     return Affordable(ways, excerpt or None, spent)
 
 
-def _cost(tokens: int, strides: dict[int, int], score: str) -> int:
+def _cost(tokens: int, strides: dict[int, int], settings: PerplexitySettings) -> int:
     """Forward tokens of a document of `tokens` tokens at all contexts."""
     return sum(
         window.end - window.begin
         for context, stride in strides.items()
-        for window in windows(tokens, context, stride, score)
+        for window in windows(tokens, context, stride, settings.score, settings.last_tokens)
     )

@@ -75,6 +75,11 @@ def perplexity_table(documents: Sequence[Document]) -> str:
     lines.append(
         f"{documents[0]['data']}; stride {stride}, score {documents[0]['score']}; "
         f"{tokens} tokens of {counts} documents, {skipped} too short"
+        + (
+            f", the last {last:,} before the longest context is full"
+            if (last := documents[0].get("last_tokens"))
+            else ""
+        )
     )
     if len({r.get("text") for r in results}) > 1:
         lines.append("each context is scored on documents of its own: do not read its line as a curve")

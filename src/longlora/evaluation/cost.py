@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from longlora.evaluation.processes import is_first, processes
+from longlora import ranks
 from longlora.model.lm_head import IGNORED, run_token_losses, unwrapped
 
 logger = logging.getLogger(__name__)
@@ -54,11 +54,11 @@ def announce(what: str, model: nn.Module, rows: Sequence[int], new_tokens: int =
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.monotonic() - began
-    total = sum(map(work, rows)) / work(length) * seconds / processes()
+    total = sum(map(work, rows)) / work(length) * seconds / ranks.together()
     # a new token reads all weights, as does the probe where it is short
-    total += new_tokens * len(rows) * seconds * min(1.0, 8 / length) / processes()
-    if is_first():
-        shared = f", shared by {processes()} processes" if processes() > 1 else ""
+    total += new_tokens * len(rows) * seconds * min(1.0, 8 / length) / ranks.together()
+    if ranks.rank() == 0:
+        shared = f", shared by {ranks.together()} processes" if ranks.together() > 1 else ""
         logger.info(
             "%s: %s tokens to read in %s rows of up to %s, about %s on this %s%s",
             what,

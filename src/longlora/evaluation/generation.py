@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from longlora import ranks
 from longlora.evaluation.cost import CPU_TOKENS, announce, tokens_a_pass
 from longlora.evaluation.perplexity import evaluating
-from longlora.evaluation.processes import is_first, shared_out
 from longlora.model.lm_head import unwrapped
 from longlora.progress import Progress
 
@@ -89,8 +89,8 @@ def generate_each(
     def run(indices: list[int]) -> list[list[int]]:
         return _run(model, [prompts[index] for index in indices], max_new_tokens, stop_tokens, stop)
 
-    with Progress(progress, "tokens", total) if progress and is_first() else nullcontext() as bar:
-        for indices, found in shared_out(list(passes(lengths, batch, most)), run):
+    with Progress(progress, "tokens", total) if progress and ranks.rank() == 0 else nullcontext() as bar:
+        for indices, found in ranks.shared_out(list(passes(lengths, batch, most)), run):
             yield from zip(indices, found, strict=True)
             done, answered = done + sum(lengths[index] for index in indices), answered + len(indices)
             if bar is not None:

@@ -18,11 +18,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import nn
 
+from longlora import ranks
 from longlora.errors import UserError, nearest
 from longlora.evaluation.cost import tokens_a_pass
 from longlora.evaluation.loading import load_evaluated
 from longlora.evaluation.perplexity import evaluating
-from longlora.evaluation.processes import is_first, processes, told_by_first
 from longlora.evaluation.prompting import PromptFormat
 from longlora.model.lm_head import unwrapped
 from longlora.model.source import first_line
@@ -60,9 +60,9 @@ class LoadedModel(HFLM):
         """Requests so far."""
         self.cut = 0
         """Of those, the ones cut on the left because they are longer than the window."""
-        if processes() > 1:  # lm-eval shares the requests out
+        if ranks.together() > 1:  # lm-eval shares the requests out
             self.accelerator = Accelerator()
-            self._rank, self._world_size = self.accelerator.process_index, processes()
+            self._rank, self._world_size = self.accelerator.process_index, ranks.together()
 
     def tok_batch_encode(
         self, strings: list[str], *given: Any, left_truncate_len: int | None = None, **named: Any
@@ -114,7 +114,7 @@ def whom_to_ask(name: str, settings: RetrievalSettings) -> Asked:
 @contextmanager
 def without_bars_in_a_log() -> Iterator[None]:
     """Hides what lm-eval draws and prints, but for bars on a terminal."""
-    bars = nullcontext() if sys.stderr.isatty() and is_first() else redirect_stderr(io.StringIO())
+    bars = nullcontext() if sys.stderr.isatty() and ranks.rank() == 0 else redirect_stderr(io.StringIO())
     with redirect_stdout(io.StringIO()), bars:
         yield
 
@@ -184,7 +184,7 @@ def run_tasks(
             system_instruction=system,
             task_manager=TaskManager(include_defaults=False),  # the tasks are loaded: no need to index them all
         )
-    rows, samples = told_by_first(lambda: (_rows(found), found["samples"]))
+    rows, samples = ranks.first_alone(lambda: (_rows(found), found["samples"]))
     if cut := getattr(lm, "cut", 0):
         logger.warning("%d of %d requests are longer than the window and were cut on the left", cut, lm.requests)
     return rows, samples

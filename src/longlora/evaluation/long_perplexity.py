@@ -34,11 +34,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from longlora import ranks
 from longlora.errors import UserError
 from longlora.evaluation import statistics
 from longlora.evaluation.cost import announce, tokens_a_pass
 from longlora.evaluation.perplexity import check_positions, evaluating
-from longlora.evaluation.processes import is_first, shared_out
 from longlora.evaluation.trials import Record, TrialLog
 from longlora.evaluation.windows import windows
 from longlora.model.lm_head import IGNORED, run_token_losses, unwrapped
@@ -307,11 +307,11 @@ def _each_text(
         record = judge(texts[number])
         return {name: _plain(value) for name, value in record.items()} | {"seconds": round(time.monotonic() - began, 3)}
 
-    shown = progress and is_first()
+    shown = progress and ranks.rank() == 0
     with evaluating(model), Progress(title, "documents", len(texts)) if shown else nullcontext() as bar:
         if progress:
             announce(title, model, lengths)
-        for number, record in shared_out(missing, timed):
+        for number, record in ranks.shared_out(missing, timed):
             log.append(f"{trials}/{number}", record)
             if bar is not None:
                 bar.show(len(texts) - len(missing) + number + 1, f"{number + 1:,} of {len(texts):,} documents")

@@ -19,10 +19,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig
 
+from longlora import ranks
 from longlora.errors import UserError
 from longlora.evaluation import statistics
 from longlora.evaluation.cost import announce, tokens_a_pass
-from longlora.evaluation.processes import is_first, processes, shared_out
 from longlora.evaluation.trials import TrialLog
 from longlora.evaluation.windows import Documents, Reading, as_documents, readings
 from longlora.model.lm_head import IGNORED, mixed_precision, run_token_losses, unwrapped
@@ -165,6 +165,7 @@ def perplexity_report(
         "stride": strides.pop() if len(strides) == 1 else None,
         "score": settings.score,
         "texts": settings.texts,
+        "last_tokens": settings.last_tokens,
         "results": [result.to_dict() for result in results],
     }
 
@@ -264,12 +265,12 @@ def _score(
     known = np.zeros(len(todo), dtype=bool)
     batch = settings.evaluation_batch
     title = f"perplexity at {reading.context}"
-    with Progress(title, "windows", len(todo)) if progress and is_first() else nullcontext() as bar:
-        for begin in range(0, len(missing), processes()):
-            began, firsts = time.monotonic(), missing[begin : begin + processes()]
+    with Progress(title, "windows", len(todo)) if progress and ranks.rank() == 0 else nullcontext() as bar:
+        for begin in range(0, len(missing), ranks.together()):
+            began, firsts = time.monotonic(), missing[begin : begin + ranks.together()]
             places = [at for first in firsts for at in range(first, min(first + piece, len(todo)))]
             passes = list(_batches(reading, places, batch, model))
-            for ats, sums in shared_out(passes, lambda ats: _score_batch(model, reading, ats, bos)):
+            for ats, sums in ranks.shared_out(passes, lambda ats: _score_batch(model, reading, ats, bos)):
                 nll[ats], known[ats], done = sums, True, done + len(ats)
                 if bar is not None:
                     so_far = math.exp(min(nll[known].sum() / tokens[known].sum(), 100))

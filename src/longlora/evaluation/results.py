@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from longlora import ranks
 from longlora.corpus.tokens import TokenizedCorpus
-from longlora.evaluation.processes import is_first, join
 from longlora.evaluation.statistics import Estimate
 from longlora.evaluation.trials import TrialLog
 from longlora.evaluation.windows import text_fingerprint
@@ -91,7 +91,7 @@ def evaluate_each(
     Raises:
         UserError: before any work, where the trials of an evaluation that was stopped would be lost.
     """
-    join()
+    ranks.join()
     models = evaluated_models(settings)
     for model in models:
         TrialLog.refuse_to_drop(model.log(what), settings.resume)
@@ -99,7 +99,7 @@ def evaluate_each(
     for model in models:
         documents.append(evaluate(model, model.log(what)))
         gc.collect()  # the weights of one model go before the next one's come
-    if not settings.json and is_first():
+    if not settings.json and ranks.rank() == 0:
         print(table(documents))
     if settings.baseline is not None:
         return {"baseline": documents[0], "models": documents[1:]}
@@ -109,7 +109,7 @@ def evaluate_each(
 def keep(document: Document, file: Path | None) -> Document:
     """`document`, which is written beside the trials in `file`."""
     document = document | ({"command": [*command]} if (command := COMMAND.get()) else {})
-    if file is not None and is_first():
+    if file is not None and ranks.rank() == 0:
         write_whole(file.with_suffix(".json"), json.dumps(document, indent=1) + "\n")
     return document
 

@@ -92,6 +92,7 @@ def evaluate_short(settings: EvaluateShortSettings) -> Document:
             "data_fingerprint": data_fingerprint(corpus),
             "max_documents": plan.perplexity.max_documents,
             "min_document_tokens": plan.perplexity.min_document_tokens,
+            "last_tokens": plan.perplexity.last_tokens,
         }
         only_the_log = {
             "dtype": settings.dtype,

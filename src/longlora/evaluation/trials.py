@@ -17,8 +17,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from longlora import ranks
 from longlora.errors import UserError
-from longlora.evaluation.processes import told_by_first
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class TrialLog:
                 log = held.enter_context(cls._held(file, about, resume, drop_others))
                 return log.records
 
-            log.records = told_by_first(read)
+            log.records = ranks.first_alone(read)
             yield log
 
     @classmethod

@@ -9,8 +9,14 @@ a document of 16 tokens, `.` read and `#` scored:
                                .....##                                      ·######
 
 `last` scores each token once, with at least L - S tokens before it from the second window on. The first token of a
-window (`·`) has nothing to be predicted from. `stream` is the paper's own script (`eval.py` of LongLoRA): all documents
-end to end, whole windows, each scored whole, and the last of them left out.
+window (`·`) has nothing to be predicted from. With `--last-tokens 6` every scored token has L - S tokens or more before
+it, or all there are; at the longest context one window serves all:
+
+    L = 8, S = 3          .....###               L = 16          ..........######
+                             .....###
+
+`stream` is the paper's own script (`eval.py` of LongLoRA): all documents end to end, whole windows, each scored whole,
+and the last of them left out.
 """
 
 import hashlib
@@ -53,14 +59,22 @@ class Window(NamedTuple):
     first: int
 
 
-def windows(tokens: int, context: int, stride: int, score: str) -> Iterator[Window]:
-    """The windows of a document of `tokens` tokens, in order.
+def windows(tokens: int, context: int, stride: int, score: str, last_tokens: int | None = None) -> Iterator[Window]:
+    """The windows of a document of `tokens` tokens, in order; of its `last_tokens` alone where they are given.
 
     >>> list(windows(16, 8, 3, "last"))[1:]
     [Window(begin=3, end=11, first=5), Window(begin=6, end=14, first=5), Window(begin=9, end=16, first=5)]
     """
     if score == "stream":
         yield from (Window(begin, begin + context, 1) for begin in range(0, tokens - context, stride)[:-1])
+        return
+    if last_tokens is not None:
+        known = tokens - last_tokens
+        while known < tokens:
+            end = min(max(known + min(stride, context - 1), context), tokens)
+            begin = max(end - context, 0)
+            yield Window(begin, end, known - begin)
+            known = end
         return
     previous_end = 0
     for begin in range(0, tokens, stride):
@@ -90,7 +104,7 @@ class Reading:
     skipped: int
     """Documents left out because they are too short."""
     text: str
-    """Fingerprint of the scored documents' tokens: readings with the same one are of the same text."""
+    """Fingerprint of the documents' tokens and of which are scored: readings with the same one are of the same text."""
 
     @property
     def tokens_read(self) -> int:
@@ -127,8 +141,15 @@ def readings(corpus: Documents, contexts: Sequence[int], settings: PerplexitySet
                 f"{len(lengths)} has {max(lengths, default=0)}; give longer documents, or lower --contexts and "
                 "--min-document-tokens."
             )
+        last = settings.last_tokens
+        if last is not None and last >= threshold:
+            raise UserError(
+                f"--last-tokens is {last:,}: it must be below the longest context, {threshold:,} tokens, for the first "
+                "token of a document has nothing to be predicted from."
+            )
         if chosen not in fingerprints:
-            fingerprints[chosen] = text_fingerprint([corpus.document(index) for index in chosen])
+            read = [corpus.document(index)[: threshold if last else None] for index in chosen]
+            fingerprints[chosen] = text_fingerprint([*read, np.array([last])] if last else read)
         ends = np.cumsum([lengths[index] for index in chosen])
         rows: Documents = corpus
         if stream:
@@ -141,7 +162,8 @@ def readings(corpus: Documents, contexts: Sequence[int], settings: PerplexitySet
                     "more text."
                 )
         else:
-            counted = [list(windows(lengths[index], context, stride, settings.score)) for index in chosen]
+            read_of = [threshold if last else lengths[index] for index in chosen]
+            counted = [list(windows(tokens, context, stride, settings.score, last)) for tokens in read_of]
             every = [(index, window) for index, own in zip(chosen, counted, strict=True) for window in own]
             owners = np.repeat(np.arange(len(chosen)), [len(own) for own in counted])
         skipped = sum(length < threshold for length in lengths)

@@ -8,7 +8,7 @@ from longlora.model.loading import window
 from longlora.model.positions import extend_positions
 from longlora.planner.anatomy import Anatomy
 from longlora.planner.comparison import predicted_and_measured
-from longlora.planner.duration import duration
+from longlora.planner.duration import duration, evaluation
 from longlora.planner.fitting import Fit, refuse_what_cannot_be, with_switches
 from longlora.planner.flops import attention_pairs, causal_flops, forward_flops
 from longlora.planner.memory import Memory, host_bytes, peak
@@ -28,8 +28,8 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
         in TFLOP as the paper rounds, "causal_flops", "pairs", "memory_bytes": {"weights", "gradients", "optimizer",
         "activations", "logits", "workspace", "total"}, "moments": {moment: the same}, "peak", "host_bytes", "switches",
         "gpus", "fits", "max_context", "contexts": [{"switches", "max_context", "memory_bytes", "fits"}], "ladder",
-        "time", "batch", "steps", "recommended", "measured"}`. FLOPs are of one forward pass of one row; memory is bytes
-        a GPU, `memory_bytes` at the moment of the peak.
+        "time", "evaluation", "batch", "steps", "recommended", "measured"}`. FLOPs are of one
+        forward pass of one row; memory is bytes a GPU, `memory_bytes` at the moment of the peak.
 
     Raises:
         UserError: MODEL is not there or cannot be served, or a setting that cannot be.
@@ -51,6 +51,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
         **_operations(anatomy, settings),
         **_memory(fit),
         "time": duration(anatomy, settings, settings.training.gradient_checkpointing),
+        "evaluation": evaluation(anatomy, settings),
         "batch": settings.training.batch,
         "steps": settings.training.steps,
         "recommended": _recommended(fit, recommended),

@@ -1,5 +1,6 @@
 """Time of training at a given rate: operations of an optimiser step over what the GPUs compute in a second."""
 
+import sys
 from collections import Counter
 from typing import Any
 
@@ -37,3 +38,19 @@ def duration(anatomy: Anatomy, settings: PlanSettings, gradient_checkpointing: b
             "seconds": training.steps * flops / rate,
         }
     return found
+
+
+def evaluation(anatomy: Anatomy, settings: PlanSettings) -> dict[str, Any]:
+    """What `longlora extend` measures before, stretched and after: forward passes with full attention.
+
+    Returns:
+        `{"tokens", "flops", "seconds"}` over all GPUs, at most: as if all were read at the longest context; None where
+        the settings name what is read, not how much.
+    """
+    tokens = settings.tokens_to_evaluate()
+    if tokens == sys.maxsize:
+        return {"tokens": None, "flops": None, "seconds": None}
+    context = max(settings.perplexity.contexts or (settings.positions.context,))
+    row = causal_flops(anatomy, context, settings.attention, "full", context).total
+    flops = row * tokens / context
+    return {"tokens": tokens, "flops": round(flops), "seconds": flops / (settings.rate * settings.gpus)}

@@ -102,7 +102,11 @@ def _time(document: dict[str, Any]) -> list[str]:
         f"{document['batch']} rows a step, {document['steps']:,} steps, at {time['rate'] / gpus['count'] / 1e12:,.0f} "
         f"TFLOP/s a GPU; transfers not counted."
     )
-    return lines
+    evaluation = document["evaluation"]
+    measured = "what --stride and --max-documents ask for"
+    if evaluation["tokens"] is not None:
+        measured = f"at most {evaluation['tokens']:,} tokens (--evaluation-tokens), {_seconds(evaluation['seconds'])}"
+    return [*lines, f"Measured besides, before, stretched and after: {measured}."]
 
 
 def _measured(document: dict[str, Any]) -> list[str]:

@@ -50,10 +50,19 @@ class PerplexitySettings(Checked):
     min_document_tokens: int | None = None
     """Leave out documents shorter than this, too."""
 
+    last_tokens: Annotated[int | None, AtLeast(1, "tokens")] = None
+    """Score only this many tokens of a document, the same at every context: the last ones before the longest context
+    (or `min_document_tokens`, where that is more) is full; what comes after them is not read. A context at least twice
+    this reads one window a document, so that long contexts can be measured where passes are dear."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.stride, int):
             check_choice("--stride", self.stride, ("auto", "paper"))
+        if self.last_tokens is not None and (self.score, self.texts) != ("last", "one"):
+            raise UserError(
+                "--last-tokens scores each of the same tokens once at all contexts: leave --score and --texts out."
+            )
 
     def stride_at(self, context: int) -> int:
         """Tokens that a window of `context` tokens slides by."""
@@ -61,6 +70,8 @@ class PerplexitySettings(Checked):
             return self.stride
         if self.stride == "paper" or self.score == "stream":
             return PAPER_STRIDE
+        if self.last_tokens is not None and self.last_tokens <= context // 2:
+            return self.last_tokens
         # windows that overlap score every token but a document's first, so as many at each context
         return min(context // 2, max(PAPER_STRIDE, context // STRIDES_A_CONTEXT))
 

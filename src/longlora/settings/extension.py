@@ -128,22 +128,8 @@ class TrainingSettings(OptimisationSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtendSettings(CommandSettings):
-    """Give MODEL a longer context: stretch its positions, train with S2-Attn on long documents, measure."""
-
-    everyday: ClassVar = tuple(
-        "output data context recipe evaluation_data method train mix steps batch lr memory resume config json".split()
-    )
-
-    model: tyro.conf.Positional[str]
-    """`demo`, a hub id, a folder, a .gguf file, a run directory, or an adapter folder."""
-
-    output: str
-    """Run directory to create."""
-
-    recipe: Annotated[str | None, choice(RECIPES)] = None
-    """Settings to start from: `best`, the training attention that came nearest to full attention in our study, or
-    `paper`, the paper's own choices; `config` and flags override them."""
+class ExtensionSettings(CommandSettings):
+    """How a context is extended, and what is measured before and after: what is planned is what runs."""
 
     evaluation_data: tuple[str, ...] = ()
     """Documents to measure on, as for `data`; default a sixteenth of `data`, held out from training by name."""
@@ -161,6 +147,33 @@ class ExtendSettings(CommandSettings):
     perplexity: PerplexitySettings = PerplexitySettings()
     loading: LoadSettings = LoadSettings()
 
+    def tokens_to_evaluate(self) -> int:
+        """Tokens of all forward passes of the measurements, at most; `sys.maxsize` where there is no limit."""
+        if self.evaluation_tokens is not None:
+            return self.evaluation_tokens
+        if self.perplexity.stride != "auto" or self.perplexity.max_documents is not None:
+            return sys.maxsize
+        return self.training.steps * self.training.batch * self.positions.tokens_per_row // 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendSettings(ExtensionSettings):
+    """Give MODEL a longer context: stretch its positions, train with S2-Attn on long documents, measure."""
+
+    everyday: ClassVar = tuple(
+        "output data context recipe evaluation_data method train mix steps batch lr memory resume config json".split()
+    )
+
+    model: tyro.conf.Positional[str]
+    """`demo`, a hub id, a folder, a .gguf file, a run directory, or an adapter folder."""
+
+    output: str
+    """Run directory to create."""
+
+    recipe: Annotated[str | None, choice(RECIPES)] = None
+    """Settings to start from: `best`, the training attention that came nearest to full attention in our study, or
+    `paper`, the paper's own choices; `config` and flags override them."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.memory.check(self.training.gradient_checkpointing, self.trainable.train, trains=True)
@@ -170,14 +183,6 @@ class ExtendSettings(CommandSettings):
             raise UserError(
                 "--row-tokens skips positions in rows that are one text: give --packing concatenate with it."
             )
-
-    def tokens_to_evaluate(self) -> int:
-        """Tokens of all forward passes of the measurements."""
-        if self.evaluation_tokens is not None:
-            return self.evaluation_tokens
-        if self.perplexity.stride != "auto" or self.perplexity.max_documents is not None:
-            return sys.maxsize
-        return self.training.steps * self.training.batch * self.positions.tokens_per_row // 10
 
 
 @dataclass(frozen=True, kw_only=True)

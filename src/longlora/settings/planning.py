@@ -6,11 +6,8 @@ from typing import Annotated, ClassVar
 import tyro
 
 from longlora.errors import UserError
-from longlora.settings.evaluation import PerplexitySettings
-from longlora.settings.extension import TrainableSettings, TrainingSettings
-from longlora.settings.fields import AtLeast, CommandSettings, LoadSettings, choice
-from longlora.settings.memory import MemorySettings
-from longlora.settings.model import AttentionSettings, CorpusSettings, PositionSettings
+from longlora.settings.extension import ExtensionSettings
+from longlora.settings.fields import AtLeast, choice
 
 DEVICES: dict[str, tuple[int, float]] = {
     "a100": (80, 312e12),
@@ -31,7 +28,7 @@ MEASURES = ("auto", "gpu", "fake", "process")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanSettings(CommandSettings):
+class PlanSettings(ExtensionSettings):
     """What extending MODEL would cost: operations, memory by part, the longest context that fits, time, a recipe.
 
     Takes what `longlora extend` takes, so that a recipe can be planned as it stands (`--config`).
@@ -44,18 +41,6 @@ class PlanSettings(CommandSettings):
     model: tyro.conf.Positional[str]
     """A built-in shape (`llama2-7b`, `llama3-8b`, `qwen3-8b`, `smollm2-135m`, …), `demo`, a hub id, a folder, a .gguf
     file, or a run directory; only the config is read."""
-
-    positions: PositionSettings
-    attention: AttentionSettings = AttentionSettings()
-    trainable: TrainableSettings = TrainableSettings()
-    training: TrainingSettings = TrainingSettings()
-    memory: MemorySettings = MemorySettings()
-    corpus: CorpusSettings = CorpusSettings()
-    perplexity: PerplexitySettings = PerplexitySettings()
-    loading: LoadSettings = LoadSettings()
-
-    evaluation_data: tuple[str, ...] = ()
-    """Handed on to the recipe."""
 
     gpus: Annotated[int, AtLeast(1)] = 1
     """GPUs that train together."""

@@ -12,7 +12,6 @@ from longlora import ranks
 from longlora.corpus.packing import PackedRows
 from longlora.evaluation.budget import Affordable, affordable
 from longlora.evaluation.perplexity import default_contexts, perplexity, perplexity_report
-from longlora.evaluation.processes import join
 from longlora.evaluation.trials import TrialLog
 from longlora.model.positions import extend_positions
 from longlora.run_directory import RunDirectory
@@ -88,7 +87,7 @@ def measure(
     known = known_before(run, file, settings.training.resume and name != "trained")
     if known:
         return known
-    join()
+    ranks.join()
     logger.info("perplexity of %s", label)
     about = {"ways": [asdict(way) for way in ways], "steps": settings.training.steps if name == "trained" else 0}
     log_file = run.evaluation / f"{file}.jsonl"

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from longlora import ranks
 from longlora.corpus.conversations import Example
 from longlora.corpus.packing import IGNORED
 from longlora.errors import UserError
 from longlora.evaluation.perplexity import evaluating
-from longlora.evaluation.processes import shared_out
 from longlora.model.lm_head import run_token_losses
 from longlora.progress import Progress
 
@@ -59,7 +59,7 @@ def answer_loss(
     nll, tokens = 0.0, 0
     bar = Progress("loss of held-out answers", "examples", len(examples)) if progress else nullcontext()
     with evaluating(model), bar as shown:
-        for number, (example, added) in enumerate(shared_out(examples, summed), start=1):
+        for number, (example, added) in enumerate(ranks.shared_out(examples, summed), start=1):
             nll += added
             tokens += example.answer_tokens
             if shown is not None:
