@@ -4,12 +4,13 @@ import logging
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from longlora.corpus.conversations import ConversationFormat
 from longlora.errors import UserError
 from longlora.evaluation.generation import generate
+from longlora.evaluation.prompting import PromptFormat
 from longlora.longqa.answers import Answer, judged
+from longlora.model.lm_head import unwrapped
 from longlora.model.loading import load, load_config, window
 from longlora.settings import LoadSettings
 
@@ -43,12 +44,11 @@ class LocalTeacher:
         self.name = Path(model).name if Path(model).exists() else model
         self.answer_tokens, self.batch = answer_tokens, batch
         self.model, tokenizer = load(model, device="auto", **vars(loading))
-        self.tokenizer: Any = tokenizer
         self.window = window(self.model.config)
-        self.conversations = ConversationFormat(tokenizer) if tokenizer.chat_template else None
-        if self.conversations is None:
+        self.prompts = PromptFormat(tokenizer)
+        if not self.prompts.chat:
             logger.warning("'%s' has no chat template: it is a base model, its answers will be poor", model)
-        self._ends = _end_tokens(self.model, self.tokenizer)
+        self._ends = self.prompts.stop_tokens(unwrapped(self.model))
 
     def answer_each(self, asked: Iterable[tuple[Key, str]]) -> Iterator[tuple[Key, Answer]]:
         """The answer to each prompt, `batch` at a time; one that does not fit the window is not read."""
@@ -73,23 +73,14 @@ class LocalTeacher:
                 yield key, self._judged(next(answers), prompt, len(tokens))
 
     def _judged(self, tokens: list[int], prompt: str, prompt_tokens: int) -> Answer:
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = self.prompts.text(tokens)
         cut = len(tokens) >= self.answer_tokens
         if _loops(tokens):
             return Answer(text, "repetition", text[-120:], cut, prompt_tokens, len(tokens))
         return judged(text, prompt, cut=cut, prompt_tokens=prompt_tokens, answer_tokens=len(tokens))
 
     def _tokens(self, prompt: str) -> list[int]:
-        if self.conversations is None:
-            return self.tokenizer(f"{prompt}\nAnswer:", verbose=False)["input_ids"]
-        return self.conversations.prompt([{"role": "user", "content": prompt}])
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """The tokens that end a turn, as the checkpoint and the tokenizer say."""
-    of_model = getattr(model.generation_config, "eos_token_id", None)
-    listed = of_model if isinstance(of_model, list) else [of_model]
-    return {token for token in [*listed, tokenizer.eos_token_id] if token is not None}
+        return self.prompts.tokens(prompt if self.prompts.chat else f"{prompt}\nAnswer:").tolist()
 
 
 def _loops(tokens: list[int]) -> bool:
