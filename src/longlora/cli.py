@@ -5,7 +5,6 @@ Commands and recipes are made from the dataclasses of `longlora.settings`; heavy
 
 import dataclasses
 import importlib
-import importlib.metadata
 import json
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 import tyro
 
-from longlora import ranks, results
+from longlora import ranks
 from longlora import settings as s
 from longlora.errors import REQUEUE, Interrupted, UserError, check_choice, nearest, printable
 from longlora.help_page import help_page
@@ -65,12 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; the exit status is 2 for a mistake of the user's, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = ""
-    running = results.COMMAND.set(("longlora", *argv))
     try:
         name, settings = parse(argv)
         quiet_libraries()
-        module, _, function = COMMANDS[name][1].partition(":")
-        result = getattr(importlib.import_module(module), function)(settings)
+        result = _run(name, settings, argv)
         if settings.json and ranks.rank() == 0:
             print(json.dumps(result))
     except UserError as error:
@@ -93,8 +90,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(f"out of memory ({cause}): {_less_memory(name)}.", 2)
     except KeyboardInterrupt:
         _fail("stopped." + (" Give the same command with --resume to go on." if _resumes(name) else ""), 130)
+
+
+def _run(name: str, settings: Any, argv: Sequence[str]) -> Any:
+    """What the command's function returns; meanwhile results keep the command line."""
+    from longlora.results import COMMAND  # here, or `longlora --help` would wait for it
+
+    running = COMMAND.set(("longlora", *argv))
+    try:
+        module, _, function = COMMANDS[name][1].partition(":")
+        return getattr(importlib.import_module(module), function)(settings)
     finally:
-        results.COMMAND.reset(running)
+        COMMAND.reset(running)
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Any]:
@@ -131,7 +138,9 @@ def _command(argv: list[str]) -> tuple[str, list[str]]:
         print(_overview())
         raise SystemExit(0 if argv else 2)
     if argv[0] == "--version":
-        print(f"longlora {importlib.metadata.version('longlora')}")
+        from importlib.metadata import version
+
+        print(f"longlora {version('longlora')}")
         raise SystemExit(0)
     group = [name for name in COMMANDS if name.startswith(argv[0] + " ")]
     if group:

@@ -9,8 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from longlora.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -83,6 +81,8 @@ def read_yaml(flag: str, path: str) -> Any:
     Raises:
         UserError: it cannot be read, or is no YAML.
     """
+    import yaml  # here, or `longlora --help` would wait for it
+
     try:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
