@@ -1,6 +1,6 @@
-"""Result documents, the JSON files of evaluations and runs: one schema to write them by and to read them by.
+"""Result documents, the JSON files of evaluations and runs: the schema by which they are read.
 
-`written` makes the JSON of a document. `read` is for files of any age and origin: what is missing, of another kind or
+`read` is for files of any age and origin: what is missing, of another kind or
 out of range becomes the field's default, and a row that lacks what it cannot do without is left out. Every figure that
 is measured on a sample has `low` and `high`, the ends of its 95% interval, beside it.
 """
@@ -9,7 +9,7 @@ import math
 import types
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Kind = TypeVar("Kind")
@@ -35,18 +35,23 @@ class Measured:
     """Perplexity at one context."""
 
     context: int
+    """Window length in tokens."""
     perplexity: Unbounded = math.nan
     low: float | None = None
     high: float | None = None
+    """Of its 95% interval over documents; None for one document."""
     stride: int | None = None
     """Tokens that windows slide by, where each context has its own."""
     tokens: int | None = None
+    """Tokens scored; with `--score window` and `stream`, as often as they were."""
     documents: int | None = None
+    """Documents scored."""
     text: str = ""
     """Fingerprint of the scored documents; empty in files that have none."""
     document_nll: tuple[float, ...] = ()
-    """Summed loss of each document, in nats."""
+    """Summed loss of each document, in nats, in their order."""
     document_tokens: tuple[int, ...] = ()
+    """Tokens scored of each document."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,14 +195,21 @@ class Short(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class LongPPLRow:
+    """LongPPL beside plain perplexity, over all documents."""
+
     context: int
+    """Most tokens of a document, L."""
     perplexity: float
+    """exp of all tokens' mean loss."""
     tokens: int
+    """Tokens scored: all but the first of each document."""
     longppl: float | None = None
+    """exp of the key tokens' mean loss; None when there are no key tokens."""
     low: float | None = None
     high: float | None = None
-    """Of LongPPL."""
+    """Of LongPPL, over documents; None for one document."""
     key_tokens: int = 0
+    """The model's tokens that are key tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,11 +245,6 @@ KINDS: Mapping[str, type[Result]] = {
     "short": Short,
     "longppl": LongPPL,
 }
-
-
-def written(document: Any) -> dict[str, Any]:
-    """The JSON of a document: its fields by name, without those that say nothing."""
-    return {name: value for name, value in asdict(document).items() if value not in (None, "", ())}
 
 
 def read(kind: type[Kind], value: Any) -> Kind | None:

@@ -45,6 +45,7 @@ from longlora.model.lm_head import IGNORED, run_token_losses, unwrapped
 from longlora.model.loading import window
 from longlora.model.positions import original_context
 from longlora.progress import Progress
+from longlora.results import LongPPLRow
 from longlora.settings import LongPerplexitySettings
 
 CHARACTERS_A_TOKEN = 16
@@ -58,27 +59,8 @@ Places = list[tuple[int, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongPerplexity:
-    """LongPPL beside plain perplexity, over all documents."""
-
-    context: int
-    """Most tokens of a document, L."""
-
-    longppl: float | None
-    """exp of the key tokens' mean loss; None when there are no key tokens."""
-
-    low: float | None
-    high: float | None
-    """Its 95% interval over documents; None for one document."""
-
-    perplexity: float
-    """exp of all tokens' mean loss."""
-
-    key_tokens: int
-    """The model's tokens that are key tokens."""
-
-    tokens: int
-    """Tokens scored: all but the first of each document."""
+class LongPerplexity(LongPPLRow):
+    """LongPPL beside plain perplexity, with the sums of each document."""
 
     documents: int
     """Documents read."""

@@ -28,6 +28,7 @@ from longlora.evaluation.windows import Documents, Reading, as_documents, readin
 from longlora.model.lm_head import IGNORED, mixed_precision, run_token_losses, unwrapped
 from longlora.model.positions import original_context, window
 from longlora.progress import Progress
+from longlora.results import Measured
 from longlora.settings import PerplexitySettings
 
 logger = logging.getLogger(__name__)
@@ -37,46 +38,17 @@ TOKENS_A_TRIAL = 2**18
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContextPerplexity:
-    """Perplexity at one context length."""
-
-    context: int
-    """Window length in tokens."""
-
-    stride: int
-    """Tokens the window slides by."""
-
-    perplexity: float
-    """exp(nll)."""
-
-    low: float | None
-    high: float | None
-    """Its 95% interval over documents; None for one document."""
+class ContextPerplexity(Measured):
+    """Perplexity at one context length; with `--score stream` a document has the windows that begin in it."""
 
     nll: float
     """Mean negative log-likelihood of the scored tokens, in nats."""
 
-    tokens: int
-    """Tokens scored; with `--score window` and `stream`, as often as they were."""
-
     tokens_read: int
     """Tokens of all forward passes."""
 
-    documents: int
-    """Documents scored."""
-
     skipped_documents: int
     """Documents left out because they are too short."""
-
-    text: str
-    """Fingerprint of the scored text."""
-
-    document_nll: tuple[float, ...]
-    """Summed negative log-likelihood of each document in nats, in their order; with `--score stream`, of the windows
-    that begin in it."""
-
-    document_tokens: tuple[int, ...]
-    """Tokens scored of each document."""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, for JSON."""
