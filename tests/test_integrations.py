@@ -123,6 +123,50 @@ def test_loss_and_gradients_are_those_of_causal_lm_loss(
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_dpo_s_loss_and_gradients_are_its_formula_s(
+    tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, tied: bool, s2_calls: list[bool]
+) -> None:
+    """Oracle: equation 7 of Rafailov et al. (arXiv 2305.18290) over S²-Attn's own log-probabilities."""
+    from datasets import Dataset
+
+    def log_probability(model: Any, ids: torch.Tensor, completion: torch.Tensor) -> torch.Tensor:
+        longlora.draw_from(model, longlora.Draw(0, 0))
+        each = torch.log_softmax(model(input_ids=ids).logits[:, :-1], dim=-1)
+        return (each.gather(-1, ids[:, 1:, None])[..., 0] * completion[:, 1:]).sum(1)
+
+    rows = Dataset.from_list([{"prompt": "What is it? " * 9, "chosen": "that and that", "rejected": "this or this "}])
+    arguments = trl.DPOConfig(
+        str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to=[], beta=0.5, gradient_checkpointing=False
+    )
+    model = prepared(tiny_model, tied)
+    trainer = trl.DPOTrainer(model, args=arguments, train_dataset=rows, processing_class=tiny_tokenizer())
+    model = trainer.model
+    inputs = next(iter(trainer.get_train_dataloader()))
+    ids, completion = inputs["input_ids"], inputs["completion_mask"]
+    assert ids.shape[0] == 2 and bool(inputs["attention_mask"].all())
+    with torch.no_grad():
+        reference = log_probability(model, ids, completion)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                draw = torch.Generator().manual_seed(len(name))
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=draw))
+    s2_calls.clear()
+    policy = log_probability(model, ids, completion)
+    gained = policy - reference  # of the chosen answer, and of the rejected one
+    expected = -torch.nn.functional.logsigmoid(0.5 * (gained[0] - gained[1]))
+    assert expected.item() != pytest.approx(0.6931, abs=1e-3)
+    wanted = gradients(model, expected)
+    assert len(s2_calls) == 2
+    loss = trainer.compute_loss(model, inputs)
+    assert len(s2_calls) == 6  # the policy's pass and the reference's
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    found = gradients(model, loss)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-5)
+
+
 def test_the_chunked_loss_of_a_trainer_never_holds_all_logits(tiny_model: Any) -> None:
     model = prepared(tiny_model, True)
     loss = longlora.ChunkedLoss(model, chunk=7)
