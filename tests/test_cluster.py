@@ -12,10 +12,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from several_processes import die_at, together
+from several_processes import die_at, start, together, wait
 
 from longlora.cli import main
 from longlora.run_directory import RunDirectory
@@ -285,3 +286,56 @@ def test_sigterm_to_the_launcher_writes_a_checkpoint(place, one, tmp_path):
     assert log.read_text().count("stopped by SIGTERM after step") == 1
     main([*words, "--resume"])
     assert_same(run, one["tied", "lora,norm,embed"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts the pages of processes as Linux does")
+def test_two_processes_load_one_copy_between_them(place, tmp_path, tiny_tokenizer):
+    """Peak of the pages of both, shared ones counted once, above what they had before; the kernel counts."""
+    from longlora.cli import parse
+    from longlora.training.extension import load_for_training
+    from longlora.training.sharding import shard
+
+    make = (
+        "import conftest; conftest.make_tiny_model('llama', vocab_size=4096, hidden_size=1024, intermediate_size=4096, "
+    )
+    make += f"num_attention_heads=8, num_hidden_layers=6).save_pretrained({str(tmp_path / 'base')!r})"
+    subprocess.run([sys.executable, "-c", make], check=True, cwd=Path(__file__).parent, capture_output=True)
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    size = (tmp_path / "base" / "model.safetensors").stat().st_size
+    assert 390e6 < size < 460e6
+    small, large = (
+        parse(["extend", str(model), "--data", ".", "--context", "128", "--dtype", "float32", "--output", "run"])[1]
+        for model in (place / "untied", tmp_path / "base")
+    )
+
+    def work() -> None:
+        from longlora import ranks
+
+        ranks.join()
+        shard(load_for_training(small)[0])  # for what is imported on the way
+        ranks.wait_for_all()
+        (tmp_path / f"waits-{ranks.rank()}").touch()
+        while not (tmp_path / "go").exists():
+            time.sleep(0.01)
+        model, _ = load_for_training(large)
+        shard(model)
+        ranks.wait_for_all()
+        (tmp_path / "loaded").touch()
+        time.sleep(0.5)
+
+    def pages() -> int:
+        return sum(psutil.Process(child).memory_full_info().pss for child in children)
+
+    children = start(2, work, tmp_path / "log", **ENGINES["fsdp2"])
+    until = time.monotonic() + 120
+    while len(list(tmp_path.glob("waits-*"))) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    before = peak = pages()
+    (tmp_path / "go").touch()
+    while not (tmp_path / "loaded").exists() and time.monotonic() < until:
+        peak = max(peak, pages())
+    after = pages()
+    assert wait(children, 60) == [0, 0], (tmp_path / "log").read_text()[-3000:]
+    assert peak - before < 1.3 * size
+    assert after - before < 1.15 * size

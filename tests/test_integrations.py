@@ -144,7 +144,8 @@ def test_dpo_s_loss_and_gradients_are_its_formula_s(
     model = trainer.model
     inputs = next(iter(trainer.get_train_dataloader()))
     ids, completion = inputs["input_ids"], inputs["completion_mask"]
-    assert ids.shape[0] == 2 and bool(inputs["attention_mask"].all())
+    assert ids.shape[0] == 2
+    assert bool(inputs["attention_mask"].all())
     with torch.no_grad():
         reference = log_probability(model, ids, completion)
         for name, parameter in model.named_parameters():
