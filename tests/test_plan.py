@@ -400,7 +400,7 @@ def test_a_recipe_of_extend_can_be_planned(tmp_path):
         (("llama2-7b", "--context", "8192", "--device", "h20"), "Did you mean 'h200'"),
         (("llama2-7b", "--context", "8192", "--shard"), "at least 2"),
         (("llama2-7b", "--context", "8192", "--gpus", "3"), "multiple of the rows"),
-        (("llama2-7b", "--context", "8192", "--gpus", "4", "--context-parallel", "3"), "must divide"),
+        (("llama2-7b", "--context", "8192", "--gpus", "4", "--sequence-parallel", "3"), "must divide"),
         (("llama2-7b", "--context", "8192", "--utilisation", "1.5"), "a share from 0 to 1"),
         (("llama2-7b", "--context", "8192", "--flops-per-second", "-1"), "above 0"),
         (("llama2-7b", "--context", "8192", "--base-bits", "8"), "it must be 4"),

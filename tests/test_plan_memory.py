@@ -213,9 +213,9 @@ def test_gpus_share_what_they_are_said_to_share(llama):
     for part in ("weights", "gradients", "optimizer"):
         assert getattr(sharded, part) == pytest.approx(getattr(one, part) / 8, abs=1)
     assert sharded.workspace > one.workspace
-    parallel = step_memory(llama, replace(LONG, gpus=8, context_parallel=8))["layer"]
+    parallel = step_memory(llama, replace(LONG, gpus=8, sequence_parallel=8))["layer"]
     assert parallel.activations == pytest.approx(one.activations / 8, abs=1)
-    assert replace(LONG, context=65537, context_parallel=8).tokens == 8193
+    assert replace(LONG, context=65537, sequence_parallel=8).tokens == 8193
 
 
 def test_memory_grows_with_context_and_rows(llama):

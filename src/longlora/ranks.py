@@ -44,16 +44,17 @@ def engine() -> str | None:
     return "DeepSpeed" if _says("ACCELERATE_USE_DEEPSPEED") else None
 
 
-def refuse_what_cannot_train(batch: int, device_batch: int) -> None:
+def refuse_what_cannot_train(batch: int, device_batch: int, sequence_parallel: int = 1) -> None:
     """Mistakes of how the processes were started, which need nothing loaded to see.
 
     Args:
         batch: rows of an optimiser step.
         device_batch: rows that a process holds at a time.
+        sequence_parallel: processes that share a row.
 
     Raises:
-        UserError: FSDP1, context, tensor or sequence parallelism of Accelerate's, several GPUs under one process, or a
-            batch that does not divide.
+        UserError: FSDP1, context, tensor or sequence parallelism of Accelerate's, several GPUs under one process,
+            processes that do not divide into groups that share a row, or a batch that does not divide.
     """
     if engine() == "FSDP" and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError(
@@ -68,8 +69,8 @@ def refuse_what_cannot_train(batch: int, device_batch: int) -> None:
         size = os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1")
         if _says("ACCELERATE_USE_PARALLELISM_CONFIG") and size.isdigit() and int(size) > 1:
             raise UserError(
-                f"Accelerate's {what} parallelism (size {size}) cannot train here: leave it out, and divide the model "
-                "with FSDP2 or DeepSpeed instead."
+                f"Accelerate's {what} parallelism (size {size}) cannot train here: leave it out; divide rows with "
+                "--sequence-parallel, and the model with FSDP2 or DeepSpeed."
             )
     if _says("ACCELERATE_USE_MEGATRON_LM"):
         raise UserError("Megatron-LM cannot train here: divide the model with FSDP2 or DeepSpeed instead.")
@@ -82,9 +83,19 @@ def refuse_what_cannot_train(batch: int, device_batch: int) -> None:
                 f"{count} GPUs are visible and one process was started: start one for each with `accelerate launch "
                 f"--num_processes {count} -m longlora …`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
             )
-    if batch % (device_batch * world_size()):
+    if world_size() % sequence_parallel:
         raise UserError(
-            f"--batch is {batch}: it must be a multiple of --device-batch x processes, {device_batch} x {world_size()}."
+            f"--sequence-parallel is {sequence_parallel}: it must divide the number of processes, {world_size()}; "
+            f"start as many with `accelerate launch --num_processes {sequence_parallel} -m longlora …`, or leave it "
+            "out."
+        )
+    if sequence_parallel > 1 and engine() == "DeepSpeed":
+        raise UserError("--sequence-parallel goes with data parallelism and FSDP2: leave it out with DeepSpeed.")
+    groups = world_size() // sequence_parallel
+    if batch % (device_batch * groups):
+        with_rows = "processes" if sequence_parallel == 1 else "groups of processes that share a row"
+        raise UserError(
+            f"--batch is {batch}: it must be a multiple of --device-batch x {with_rows}, {device_batch} x {groups}."
         )
 
 

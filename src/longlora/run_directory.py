@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 MAY_CHANGE_ON_RESUME = frozenset(
     "resume accept_changes steps epochs device_batch save_every evaluate_every report_to cache gradient_checkpointing "
     "loss_chunk memory offload_activations layer_tile tiled_mlp mlp_tile offload_optimizer loss_kernel gpu_memory "
-    "reserve output data evaluation_data".split()
+    "reserve sequence_parallel output data evaluation_data".split()
 )
 """Settings that do not change what a resumed run computes (or, like `steps` and `epochs`, only how long), and what is
 known by its content instead of its name (`RunDirectory.recognise`)."""

@@ -1,7 +1,9 @@
 """What the attention layers of one model share, what the layers of one forward pass share, and what each computes."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -84,6 +86,8 @@ class ForwardPass:
     draw: Draw | None = None
     documents: Documents | None = None
     masks: dict[str, Any] = field(default_factory=dict)
+    piece: Piece | None = None
+    """Of its rows, where this process computes a piece of them."""
 
     def draw_for(self, state: ShiftedAttentionState, training: bool) -> Draw:
         """What this pass draws from. The first training layer that asks takes the model's next turn for it."""
@@ -140,10 +144,10 @@ def layer_attention(state: ShiftedAttentionState, call: LayerCall, query: Tensor
     _, heads, length, _ = query.shape
     piece, key_heads = call.piece, key.shape[1]
     start, row = (0, length) if piece is None else (piece.start, piece.length)
-    cut = (start, start + length)
     backend = state.backend
+    plans_of: Callable[..., tuple[HeadSetPlan, ...]]
     if call.window is None:
-        plans = state.plans(call.layer, call.documents, row, heads, key_heads, call.draw, cut)
+        plans_of = partial(state.plans, call.layer, call.documents, row, heads, key_heads, call.draw)
     elif call.layer in state.global_layers:
         raise UserError(
             f"every layer of this model attends to the last {call.window:,} tokens only (sliding_window), and "
@@ -151,14 +155,12 @@ def layer_attention(state: ShiftedAttentionState, call: LayerCall, query: Tensor
             "null in the model's config.json to train it with a longer reach."
         )
     else:
-        plans = plan(call.documents, row, heads, key_heads, 2, "full", window=call.window, piece=cut)
+        plans_of = partial(plan, call.documents, row, heads, key_heads, 2, "full", window=call.window)
         backend = "auto"  # parts of a window are for the kernels that `auto` takes, whatever serves the global layers
     halo = None
     if piece is not None:
-        piece.leave(key, value)
-        needed = first_key(plans, start)
-        if needed is not None:
-            first, first_head, last_head = needed
-            halo = Halo(first, first_head, *piece.earlier(first, slice(first_head, last_head)))
+        key, value, earlier = piece.with_earlier(key, value, lambda cut: first_key(plans_of(piece=cut), cut[0]))
+        halo = None if earlier is None else Halo(*earlier)
+    plans = plans_of(piece=(start, start + length))
     output = attend(query, key, value, plans, call.scoring, backend, start=start, halo=halo)
     return output.transpose(1, 2).contiguous()

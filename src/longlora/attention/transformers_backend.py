@@ -269,7 +269,7 @@ def shifted_attention_forward(
         return _ordinary_attention(state.ordinary, module, query, key, value, attention_mask, keywords)
     _refuse_what_cannot_be_honoured(query, key, attention_mask, module, keywords)
     rows, _, length, _ = query.shape
-    piece = piece_at_work()
+    piece = piece_at_work() or attention_mask.piece
     window = keywords.get("sliding_window")
     dropout = keywords.get("dropout", 0.0) if module.training else 0.0
     call = LayerCall(
@@ -335,7 +335,8 @@ def _refuse_what_cannot_be_honoured(
 def begin_pass(kv_length: int, attention_mask: Tensor | None = None, **arguments: Any) -> ForwardPass:
     """The mask function of transformers' AttentionMaskInterface, called once a pass for each kind of layer."""
     padding = None if attention_mask is None else attention_mask[:, -kv_length:]
-    return ForwardPass(padding, {"kv_length": kv_length, "attention_mask": attention_mask, **arguments})
+    arguments |= {"kv_length": kv_length, "attention_mask": attention_mask}
+    return ForwardPass(padding, arguments, piece=piece_at_work())
 
 
 AttentionInterface.register(IMPLEMENTATION, shifted_attention_forward)

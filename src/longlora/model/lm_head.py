@@ -173,7 +173,8 @@ def causal_lm_loss(
     Args:
         model: a causal language model of transformers, possibly wrapped (PEFT, DDP, FSDP).
         inputs: keyword arguments of its forward with `labels (B, N)`, not shifted. Packed rows (`position_ids` that
-            start again) have -100 at the first token of each document.
+            start again) have -100 at the first token of each document. A piece of a row has one label more, the
+            next piece's first.
         chunk: tokens whose logits exist at one time.
         num_items: tokens to divide by, those of all rows that make up one optimiser step; default those scored here.
         kernel: `chunked`, or `liger` for a model that `why_not_liger` has nothing against.
@@ -182,7 +183,8 @@ def causal_lm_loss(
         UserError: as `final_hidden_states`.
     """
     inputs = dict(inputs)
-    labels = functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+    tokens = inputs["input_ids"].shape[1]
+    labels = functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)[:, :tokens]
     scored_here = (labels != IGNORED).sum()
     if num_items is None:
         num_items = scored_here.clamp(min=1)

@@ -3,10 +3,10 @@
 A query of S2-Attn reads nothing before the beginning of its own block, so a piece needs little of what came before:
 its halo. Attention (`longlora.attention.state.layer_attention`) looks here for the piece at work. In each layer it
 
-1. leaves the piece's own keys and values, `piece.leave(key, value)`, with their graph;
-2. asks for the halo, `piece.earlier(first, heads)`, where its blocks read any: keys and values of the KV heads `heads`
-   of tokens `[first, start)`. They are what attention differentiates by, so their gradients come back to whoever
-   made them: an autograd function that exchanges with other processes, or leaves.
+gives the piece's own keys and values, with their graph, and says what pieces read of earlier tokens; it is given the
+halo, `piece.with_earlier(key, value, reads)`: keys and values of some KV heads of tokens `[first, start)`. They are
+what attention differentiates by, so their gradients come back to whoever made them: an autograd function that exchanges
+with other processes (`longlora.model.sequence_parallel`), or leaves (`longlora.model.memory_saving.layer_tiles`).
 
 Whoever runs pieces derives from `Piece` and computes inside `with piece.work():`. Positions and rotary embeddings
 handed to the model are the piece's; attention reads documents from the whole row's, which the piece names. Full layers
@@ -14,11 +14,21 @@ ask for all that came before, layers with S2-Attn for less than a group, and in 
 with groups. What is drawn belongs to the `ForwardPass` that stands in the mask's place: hand every piece the same one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 from torch import Tensor
+
+Cut = tuple[int, int]
+"""First token of a piece, and the first after it."""
+
+Reads = tuple[int, int, int]
+"""What a piece reads of earlier tokens: the first of them, the first KV head, and the KV head after the last."""
+
+Earlier = tuple[int, int, Tensor, Tensor]
+"""First token and first KV head of earlier keys (B, k, …, D) and values (B, k, …, Dv), which end where a piece begins.
+"""
 
 _at_work: ContextVar["Piece | None"] = ContextVar("piece", default=None)
 
@@ -42,11 +52,14 @@ class Piece:
         self.start, self.stop, self.length = start, stop, length
         self.padding, self.positions = padding, positions
 
-    def leave(self, key: Tensor, value: Tensor) -> None:
-        """Take a layer's own keys (B, Hkv, stop - start, D) and values (…, Dv), before its attention computes."""
+    def with_earlier(
+        self, key: Tensor, value: Tensor, reads: Callable[[Cut], Reads | None]
+    ) -> tuple[Tensor, Tensor, Earlier | None]:
+        """A layer's own keys (B, Hkv, stop - start, D) and values (…, Dv), to compute with, and what came before them.
 
-    def earlier(self, first: int, heads: slice) -> tuple[Tensor, Tensor]:
-        """Keys (B, k, start - first, D) and values (…, Dv) of the k KV heads `heads`, tokens `[first, start)`."""
+        Args:
+            reads: what any piece of the row reads of earlier tokens.
+        """
         raise NotImplementedError
 
     @contextmanager

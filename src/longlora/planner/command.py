@@ -163,5 +163,5 @@ def _what_is_missing(fit: Fit) -> str:
     ]
     if fit.cheapest(set(fit.possible())) is not None:
         lines.append("They would fit with --shard.")
-    lines.append("More GPUs with --shard or --context-parallel, or larger ones, make room.")
+    lines.append("More GPUs with --shard or --sequence-parallel, or larger ones, make room.")
     return "\n".join(lines)

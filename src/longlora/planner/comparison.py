@@ -35,7 +35,7 @@ def predicted_and_measured(config: PreTrainedConfig, settings: PlanSettings) -> 
     smaller = with_layers(config, layers)
     fit = Fit(
         read_anatomy(smaller, settings.trainable, settings.loading.trust_remote_code),
-        replace(settings, gpus=1, shard=False, context_parallel=1),
+        replace(settings, gpus=1, shard=False, training=replace(settings.training, sequence_parallel=1)),
     )
 
     def predicted(context: int) -> int:

@@ -54,7 +54,7 @@ class Fit:
     def step(self, context: int, switches: tuple[str, ...]) -> Step:
         """A training step of `settings` at `context` tokens with `switches` on and the others off."""
         settings, training = self.settings, self.settings.training
-        rows = training.device_batch * (settings.gpus // settings.context_parallel)
+        rows = training.device_batch * (settings.gpus // training.sequence_parallel)
         return Step(
             context=context,
             rows=training.device_batch,
@@ -71,7 +71,7 @@ class Fit:
             base_bits=4 if "base_bits" in switches else None,
             gpus=settings.gpus,
             shard="shard" in switches,
-            context_parallel=settings.context_parallel,
+            sequence_parallel=training.sequence_parallel,
         )
 
     def _group(self, context: int) -> int | None:
@@ -105,7 +105,8 @@ class Fit:
         """The switches that can act on this model and these GPUs."""
         without = {"base_bits"} if self.anatomy.trainees.whole or not self.anatomy.trainees.frozen_linear else set()
         without |= set() if self.anatomy.tiles else {"tiled_mlp"}
-        without |= set() if self.anatomy.layer_tiles else {"layer_tiles"}
+        in_pieces = self.settings.training.sequence_parallel > 1
+        without |= {"layer_tiles"} if in_pieces or not self.anatomy.layer_tiles else set()
         without |= {"shard"} if self.settings.gpus == 1 else set()
         return tuple(name for name in SWITCHES if name not in without)
 

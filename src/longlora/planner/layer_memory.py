@@ -49,7 +49,7 @@ class Step:
     shard: bool = False
     """Weights, gradients and optimizer divided over the devices (FSDP2), else copied (data parallelism)."""
 
-    context_parallel: int = 1
+    sequence_parallel: int = 1
     """Devices that share a row."""
 
     foreach: bool = True
@@ -58,7 +58,7 @@ class Step:
     @property
     def tokens(self) -> int:
         """Tokens on the device at a time."""
-        return -(-self.context // self.context_parallel) * self.rows
+        return -(-self.context // self.sequence_parallel) * self.rows
 
     @property
     def tile(self) -> int:

@@ -56,6 +56,10 @@ class OptimisationSettings(Checked):
     device_batch: Annotated[int, AtLeast(1)] = 1
     """Rows a device holds at a time; gradients accumulate up to `batch`."""
 
+    sequence_parallel: Annotated[int, AtLeast(1)] = 1
+    """Processes that share each row, a piece of it in every one; it divides their number, and what remains are groups
+    with rows of their own (data parallelism)."""
+
     lr: float = 2e-5
     """Peak learning rate of LoRA, or of every weight with `--train full` (paper section 4.1)."""
 
@@ -176,7 +180,8 @@ class ExtendSettings(ExtensionSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.memory.check(self.training.gradient_checkpointing, self.trainable.train, trains=True)
+        training, train = self.training, self.trainable.train
+        self.memory.check(training.gradient_checkpointing, train, training.sequence_parallel, trains=True)
         if not self.corpus.data:
             raise UserError("--data is missing: name files, folders, hub:NAME, or stdlib to train on.")
         if self.positions.row_tokens is not None and self.corpus.packing == "isolate":

@@ -57,9 +57,6 @@ class PlanSettings(ExtensionSettings):
     shard: bool = False
     """Divide weights, gradients and optimizer over the GPUs (FSDP2); default each GPU has them all."""
 
-    context_parallel: Annotated[int, AtLeast(1)] = 1
-    """GPUs that share each row."""
-
     measure: bool = False
     """Run training steps on a randomly initialised model of this shape, at contexts that double, and print what they
     take beside what was predicted."""
@@ -76,20 +73,21 @@ class PlanSettings(ExtensionSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gpus % self.context_parallel:
+        pieces = self.training.sequence_parallel
+        if self.gpus % pieces:
             raise UserError(
-                f"--context-parallel is {self.context_parallel}: it must divide --gpus, {self.gpus}, so that each row "
-                "has its GPUs."
+                f"--sequence-parallel is {pieces}: it must divide --gpus, {self.gpus}, so that each row has its GPUs."
             )
         if self.shard and self.gpus == 1:
             raise UserError("--shard divides over GPUs, and --gpus is 1: give at least 2, or leave --shard out.")
-        rows = self.training.device_batch * (self.gpus // self.context_parallel)
+        rows = self.training.device_batch * (self.gpus // pieces)
         if self.training.batch % rows:
             raise UserError(
                 f"--batch is {self.training.batch}: it must be a multiple of the rows that the GPUs hold at a time, "
                 f"{rows}."
             )
-        self.memory.check(self.training.gradient_checkpointing, self.trainable.train)
+        training, train = self.training, self.trainable.train
+        self.memory.check(training.gradient_checkpointing, train, training.sequence_parallel)
         if not 0 < self.utilisation <= 1:
             raise UserError(f"--utilisation is {self.utilisation:g}: it must be a share from 0 to 1, and above 0.")
         if self.flops_per_second is not None and not self.flops_per_second > 0:

@@ -30,11 +30,12 @@ from longlora.model.lm_head import unwrapped
 from longlora.model.loading import load, load_config
 from longlora.model.memory_saving.in_the_model import save_memory_in
 from longlora.model.positions import PositionExtension, extend_positions, present_context
+from longlora.model.sequence_parallel import refuse_sequence_parallel
 from longlora.model.stopping import stop_at_end_of_turn
 from longlora.planner.choosing import MemoryNeed, choose_memory
 from longlora.report.page import write_report
 from longlora.run_directory import RunDirectory
-from longlora.settings import ExtendSettings, MemorySettings
+from longlora.settings import ExtendSettings, MemorySettings, SftSettings
 from longlora.training.checkpoints import save_model
 from longlora.training.measuring import Data, measure, what_to_measure
 from longlora.training.sharding import is_to_be_sharded, loads_weights, shard
@@ -76,6 +77,7 @@ def extend(settings: ExtendSettings) -> dict[str, Any]:
         evaluation = {}
         stretched = type(model.config).from_dict(model.config.to_dict())
         extension = extend_positions(stretched, settings.positions.context, settings.positions.method)
+        refuse_pieces(model, stretched, settings)
 
         def before(trainee: nn.Module) -> None:
             """Measure the model as it came, then with its positions stretched."""
@@ -233,6 +235,13 @@ def fingerprint(*arrays: np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
+def refuse_pieces(model: nn.Module, config: PreTrainedConfig, settings: ExtendSettings | SftSettings) -> None:
+    """Raises UserError where `--sequence-parallel` cannot serve `model`, which is to train with `config`."""
+    if settings.training.sequence_parallel > 1:
+        apart = ranks.first_alone(lambda: keeps_documents_apart(model))
+        refuse_sequence_parallel(unwrapped(model), config, settings.attention.pattern, apart)
+
+
 def may_share_rows(model: nn.Module) -> bool:
     """Whether documents that are to be kept apart may share a row of `model`, which trains with S2-Attn."""
     if ranks.first_alone(lambda: keeps_documents_apart(model)):  # which alone holds the weights when several load
@@ -315,7 +324,8 @@ def _refuse_early(settings: ExtendSettings) -> PreTrainedConfig:
     config = load_config(
         settings.model, trust_remote_code=settings.loading.trust_remote_code, revision=settings.loading.revision
     )
-    ranks.refuse_what_cannot_train(settings.training.batch, settings.training.device_batch)
+    training = settings.training
+    ranks.refuse_what_cannot_train(training.batch, training.device_batch, training.sequence_parallel)
     refuse_missing_trackers(settings.training)
     window = present_context(config)
     if settings.positions.context <= window:

@@ -37,18 +37,30 @@ class RowOrder(Sampler[int]):
         together: rows that all processes hold at a time.
         seed: of the order, with the epoch; None takes the rows as they stand.
         epoch: says which epoch begins.
+        device_batch: rows that a process is given at a time, neighbours in this order.
+        shared_by: neighbouring processes that are given the same ones.
     """
 
-    def __init__(self, rows: int, together: int, seed: int | None, epoch: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        rows: int,
+        together: int,
+        seed: int | None,
+        epoch: Callable[[], int],
+        device_batch: int = 1,
+        shared_by: int = 1,
+    ) -> None:
         self.rows, self.together, self.seed, self.epoch = rows, together, seed, epoch
+        self.device_batch, self.shared_by = device_batch, shared_by
 
     def __len__(self) -> int:
-        return -(-self.rows // self.together) * self.together
+        return -(-self.rows // self.together) * self.together * self.shared_by
 
     def __iter__(self) -> Iterator[int]:
-        if self.seed is None:
-            yield from range(self.rows)
-        else:
+        order = list(range(self.rows))
+        if self.seed is not None:
             generator = torch.Generator().manual_seed(self.seed + self.epoch())
-            yield from torch.randperm(self.rows, generator=generator).tolist()
-        yield from [self.rows] * (len(self) - self.rows)
+            order = torch.randperm(self.rows, generator=generator).tolist()
+        order += [self.rows] * (len(self) // self.shared_by - self.rows)
+        for first in range(0, len(order), self.device_batch):
+            yield from order[first : first + self.device_batch] * self.shared_by

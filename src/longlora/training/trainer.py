@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +31,7 @@ from longlora.model.memory_saving.layer_tiles import tile_layers
 from longlora.model.memory_saving.liger_loss import choose_loss_kernel
 from longlora.model.memory_saving.offloaded_activations import checkpointing_arguments
 from longlora.model.memory_saving.offloaded_optimizer import OffloadedAdamW
+from longlora.model.sequence_parallel import SequenceGroup
 from longlora.progress import Progress
 from longlora.run_directory import RunDirectory, checkpoint_step
 from longlora.settings import (
@@ -76,6 +78,7 @@ class ContextTrainer(Trainer):
         plain = unwrapped(cast(nn.Module, self.model))
         self.loss_kernel = choose_loss_kernel(memory.loss_kernel, plain)
         self.offload_optimizer = memory.offload_optimizer
+        self.sequence = SequenceGroup(training.sequence_parallel) if training.sequence_parallel > 1 else None
         if memory.layer_tile:
             tile_layers(plain, memory.layer_tile, memory.offload_activations)
 
@@ -133,17 +136,25 @@ class ContextTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Next-token loss over the optimiser step's tokens; the (context x vocabulary) logits never exist whole."""
-        loss = causal_lm_loss(model, inputs, self.training.loss_chunk, num_items_in_batch, self.loss_kernel)
+        kernel, work = self.loss_kernel, cast(AbstractContextManager, nullcontext())
+        if self.sequence is not None:
+            # each process has counted the tokens of whole rows
+            num_items_in_batch = torch.as_tensor(num_items_in_batch) / self.sequence.size
+            piece, inputs = self.sequence.piece_of(inputs)
+            work = piece.work()
+        with work:
+            loss = causal_lm_loss(model, inputs, self.training.loss_chunk, num_items_in_batch, kernel)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # data parallelism averages what this has summed
         return (loss, {}) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows = len(cast(Any, self.train_dataset))
-        together = self.args.per_device_train_batch_size * self.args.world_size
+        device_batch, shared_by = self.args.per_device_train_batch_size, self.training.sequence_parallel
+        together = device_batch * self.args.world_size // shared_by
         steps = math.ceil(rows / (together * self.args.gradient_accumulation_steps))
         seed = None if self.in_order else self.training.seed
-        return RowOrder(rows, together, seed, lambda: self.state.global_step // steps)
+        return RowOrder(rows, together, seed, lambda: self.state.global_step // steps, device_batch, shared_by)
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """The held-out loss, with full attention."""
@@ -315,7 +326,8 @@ def train(
     forget_peak_memory()
     memory = memory or MemorySettings()
     arguments = _trainer_arguments(training, run.path, held_out_loss is not None, memory)
-    arguments.gradient_accumulation_steps = training.batch // (training.device_batch * arguments.world_size)
+    groups = arguments.world_size // training.sequence_parallel
+    arguments.gradient_accumulation_steps = training.batch // (training.device_batch * groups)
     # the Trainer writes it into the config, which is saved with the result; the loss asks for no cache anyway
     arguments.use_cache = getattr(unwrapped(model).config, "use_cache", False)
     context = context or len(rows[0]["input_ids"])
@@ -360,6 +372,8 @@ def train(
             steps = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).global_step
         interruption.raise_if_stopped(steps, training.steps)
     seconds = time.monotonic() - began
+    if trainer.sequence is not None:
+        logger.info("keys, values and their gradients sent: %s bytes a process", f"{trainer.sequence.sent_bytes:,}")
     metrics = run.read_metrics()
     return {
         "steps": steps,

@@ -27,10 +27,7 @@ from longlora.errors import UserError
 from longlora.model.adapters import norm_modules
 from longlora.model.memory_saving import offloaded_activations
 from longlora.model.memory_saving.tiled_mlp import casts_of_its_own, decoder_layers, in_tiles
-from longlora.model.pieces import Piece
-
-Cut = tuple[int, int]
-"""First token of a tile, and the first after it."""
+from longlora.model.pieces import Cut, Earlier, Piece, Reads
 
 
 class _KeysAreKnown(Exception):  # noqa: N818, it tells of no mistake
@@ -52,7 +49,9 @@ class Tile(Piece):
         self.own: tuple[Tensor, Tensor] | None = None
         self.taken: list[tuple[int, slice, Tensor, Tensor]] = []
 
-    def leave(self, key: Tensor, value: Tensor) -> None:
+    def with_earlier(
+        self, key: Tensor, value: Tensor, reads: Callable[[Cut], Reads | None]
+    ) -> tuple[Tensor, Tensor, Earlier | None]:
         if self.own is not None:
             raise UserError("a layer computes attention twice: --layer-tile cannot serve it; leave it out.")
         self.own = key, value
@@ -60,13 +59,15 @@ class Tile(Piece):
             self.row.keep(self.start, key, value)
         if self.only_keys:
             raise _KeysAreKnown
-
-    def earlier(self, first: int, heads: slice) -> tuple[Tensor, Tensor]:
-        key, value = (x[:, heads, first : self.start].detach() for x in self.row.pair())
+        if (needed := reads((self.start, self.stop))) is None:
+            return key, value, None
+        first, first_head, last_head = needed
+        heads = slice(first_head, last_head)
+        earlier_key, earlier_value = (x[:, heads, first : self.start].detach() for x in self.row.pair())
         if torch.is_grad_enabled():
-            key, value = key.requires_grad_(), value.requires_grad_()
-            self.taken.append((first, heads, key, value))
-        return key, value
+            earlier_key, earlier_value = earlier_key.requires_grad_(), earlier_value.requires_grad_()
+            self.taken.append((first, heads, earlier_key, earlier_value))
+        return key, value, (first, first_head, earlier_key, earlier_value)
 
 
 class Row:

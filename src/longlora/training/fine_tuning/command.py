@@ -38,6 +38,7 @@ from longlora.training.extension import (
     may_share_rows,
     memory_facts,
     nothing_left_behind,
+    refuse_pieces,
     refuse_unknown_token,
     save_result,
     without_adapters,
@@ -123,7 +124,9 @@ def sft(settings: SftSettings) -> dict[str, Any]:
         if is_to_be_sharded():
             shard(trainee)
         answers = {}
-        extension = _extend(copy.deepcopy(unwrapped(model).config), plan, settings.method)
+        stretched = copy.deepcopy(unwrapped(model).config)
+        extension = _extend(stretched, plan, settings.method)
+        refuse_pieces(model, stretched, settings)
 
         def before() -> None:
             """Measure the model as it came, and then with its positions stretched where they are."""
@@ -177,7 +180,8 @@ def sft(settings: SftSettings) -> dict[str, Any]:
 
 def _plan(settings: SftSettings) -> Plan:
     """Mistakes that need no weights to see."""
-    ranks.refuse_what_cannot_train(settings.training.batch, settings.training.device_batch)
+    training = settings.training
+    ranks.refuse_what_cannot_train(training.batch, training.device_batch, training.sequence_parallel)
     refuse_missing_trackers(settings.training)
     loading = settings.loading
     source = locate(settings.model, loading.revision)
