@@ -248,6 +248,10 @@ def test_a_byte_level_tokenizer_comes_back(tmp_path, tiny_model):
     assert keys["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
     assert keys["tokenizer.chat_template"] == tokenizer.chat_template
     assert keys["tokenizer.ggml.tokens"][-1] == f"[PAD{len(tokenizer) + 4}]"
+    # llama.cpp's llama_token_type: 1 normal, 3 control, 5 unused
+    assert keys["tokenizer.ggml.token_type"] == [3] * 5 + [1] * (len(tokenizer) - 5) + [5] * 5
+    tokenizer.add_tokens(["<word>"])
+    assert vocabulary(tokenizer, len(tokenizer)).types[-1] == 4  # defined by the user
 
 
 @reads_tokenizers
@@ -294,6 +298,9 @@ def test_a_sentencepiece_vocabulary_merges_by_its_scores_as_the_tokenizer_does(t
     for text in texts:
         assert back(text)["input_ids"] == tokenizer(text)["input_ids"], repr(text)
     assert back.convert_ids_to_tokens([0, 1, 2]) == ["<unk>", "<s>", "</s>"]
+    types = header(tmp_path / "model.gguf")[0]["tokenizer.ggml.token_type"]
+    assert types[:3] == [2, 3, 3]  # unknown, control
+    assert types[3:259] == [6] * 256  # bytes
 
 
 @reads_tokenizers
