@@ -41,6 +41,7 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
     "pad_token_id": None,
+    "is_decoder": True,
     # what else makes a model large, by the names that families give it
     "n_embd": 64,
     "n_layer": 6,
@@ -75,8 +76,26 @@ SMALL: dict[str, Any] = {
     "vocab_size_per_layer_input": VOCABULARY,
     "num_kv_shared_layers": 0,
     "num_mtp_layers": 0,
+    "rotary_dim": 8,
+    "num_heads": 8,
+    "mamba_d_ssm": 128,
+    "d_model": 64,
+    "decoder_layers": 6,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 80,
+    "dff": 80,
+    "dim_ff": 80,
+    "o_lora_rank": 16,
+    "n_shared_experts": 1,
 }
-LARGEST = 3_000_000
+OF_ONE: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
+    "gpt_neo": {"num_layers": 6, "attention_types": [[["global", "local"], 3]]},
+}
+"""What only some families take."""
+
+LARGEST = 4_000_000
 """Parameters above which a family is not tiny whatever is asked: its config has sizes of its own names."""
 
 COMMANDS = {
@@ -99,14 +118,16 @@ def families() -> list[str]:
 
 def build(model_type: str) -> Any | None:
     """A tiny random model, `None` where its config takes other sizes than these."""
-    for heads in (2, SMALL["num_attention_heads"]):  # latent attention repeats no keys
+    own = SMALL | OF_ONE.get(model_type, {})
+    without_width = {name: size for name, size in own.items() if "head_dim" not in name}
+    everywhere = {"num_key_value_heads": own["num_attention_heads"]}  # latent attention repeats no keys
+    for sizes in (own, own | everywhere, own | {"pad_token_id": 1}, without_width):
         torch.manual_seed(0)
         try:
             known = AutoConfig.for_model(model_type)
-            sizes = {
-                name: size for name, size in (SMALL | {"num_key_value_heads": heads}).items() if hasattr(known, name)
-            }
-            config = AutoConfig.for_model(model_type, **sizes)
+            config = AutoConfig.for_model(
+                model_type, **{name: size for name, size in sizes.items() if hasattr(known, name)}
+            )
             with torch.device("meta"):
                 size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
             if size > LARGEST:

@@ -118,7 +118,8 @@ def test_a_model_with_a_sliding_window_can_be_cut_back_too(tiny_model):
 def test_the_second_question_reads_only_what_is_new(tiny_model):
     model = tiny_model("llama", max_position_embeddings=8192)
     document = torch.randint(0, 97, (4096,), generator=torch.Generator().manual_seed(0)).tolist()
-    widths, answerer = tokens_read(model), answerer_of(model, 8192)
+    answerer = answerer_of(model, 8192)
+    widths = tokens_read(model)
     new, _, _ = answer(answerer, document + FIRST, 4)
     assert sum(widths) == 4096 + 3 + 3  # the last new token is not read
     assert max(widths) <= answering.PIECE_TOKENS

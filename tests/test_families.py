@@ -1,6 +1,7 @@
 """Every family, every command: works, or says in a sentence why not; and what a vision tower is to a text batch."""
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from safetensors.torch import load_file
 from tiny_runs import save_base
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from longlora.chat.answering import Answerer
+from longlora.chat.prefix_cache import PrefixCaches
+from longlora.chat.sampling import Sampler
 from longlora.errors import UserError
 from longlora.model.adapters import add_adapters
 from longlora.model.loading import load
+from longlora.settings import AnswerSettings
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
 TEXT: dict[str, Any] = {name: families.SMALL[name] for name in ("vocab_size", "hidden_size", "intermediate_size")} | {
@@ -47,6 +52,38 @@ def test_a_sample_of_families_works_or_says_why(name, tmp_path):
 @pytest.mark.parametrize("name", families.families())
 def test_every_family_works_or_says_why(name, tmp_path):
     check(name, tmp_path, tuple(families.COMMANDS))
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [("llama", "in pieces"), ("qwen3_next", "in pieces"), ("recurrent_gemma", "whole"), ("mamba", "anew"),
+     ("minimax", "anew"), ("rwkv", "anew")],
+)  # fmt: skip
+def test_an_answer_is_the_one_without_a_cache_whatever_the_family_does_with_it(name, way, monkeypatch):
+    """Recurrent states that are dropped between pieces, caches of a family's own, and none at all."""
+    model = families.build(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)  # so that what was read long ago counts
+    answerer = Answerer(model, PrefixCaches(model, 1000))
+    assert answerer._reads == way
+    monkeypatch.setattr(answerer, "_piece", 16)
+    said = torch.randint(5, 250, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    for _ in range(2):  # the second goes on from what was kept
+        happened = answerer.answer(
+            said,
+            max_new_tokens=4,
+            stop_tokens=(),
+            sampler=Sampler(AnswerSettings(temperature=0.0)),
+            stop=threading.Event(),
+        )
+        answered = [each for each in happened if isinstance(each, int)]
+        for token in answered:
+            with torch.no_grad():
+                assert int(model(torch.tensor([said])).logits[0, -1].argmax()) == token
+            said.append(token)
+        said += [7, 8, 9]
 
 
 def test_the_document_knows_every_family():
