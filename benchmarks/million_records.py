@@ -1,4 +1,4 @@
-"""Records of JSONL as tokens in the cache: memory above the start, speed beside the tokenizer library's, a kill at half.
+"""Records of JSONL as tokens: memory above the start, speed beside the tokenizer library's own, a kill at half.
 
     python benchmarks/million_records.py [--records 1000000]
 
