@@ -22,6 +22,11 @@ def _perplexities(key: str, label: str, ways: Sequence[Way]) -> Row:
     return Row(key, label, tuple(Entry(way, f"perplexity-{way.context}") for way in ways))
 
 
+def _rows(ways: Mapping[str, tuple[str, Way]], what: Sequence[str], before: Sequence[Entry] = ()) -> tuple[Row, ...]:
+    """A row a way, `{key: (label, way)}`: the numbers `what` of each, behind those that all rows begin with."""
+    return tuple(Row(key, label, (*before, *(Entry(way, name) for name in what))) for key, (label, way) in ways.items())
+
+
 def _above(claim: str, left: str, right: str, column: int = 0) -> Check:
     return Check(claim, (left, column), "above", (right, column))
 
@@ -75,14 +80,11 @@ def table1(size: Size) -> Table:
 
 def table2(size: Size) -> Table:
     """Attention patterns in training, tested with full attention and with the pattern itself."""
-    ways = {pattern: Way(context=size.top, pattern=pattern) for pattern in SAID}
+    ways = {pattern: (said, Way(context=size.top, pattern=pattern)) for pattern, said in SAID.items()}
     return Table(
         f"Attention patterns in training, perplexity at {size.top:,} tokens",
         ("full attention", "its own"),
-        tuple(
-            Row(pattern, SAID[pattern], tuple(Entry(way, f"{what}-{size.top}") for what in ("perplexity", "own")))
-            for pattern, way in ways.items()
-        ),
+        _rows(ways, [f"perplexity-{size.top}", f"own-{size.top}"]),
         (
             _near("S² across heads within 3% of full attention", "shift", "full"),
             _above("across layers worse than across heads", "shift-layers", "shift"),
@@ -122,7 +124,7 @@ def table3(size: Size) -> Table:
     return Table(
         f"What trains, with S², perplexity at {size.top:,} tokens",
         ("perplexity", "parameters (M)", "rate", "embeddings' rate"),
-        tuple(Row(key, label, tuple(Entry(way, name) for name in what)) for key, (label, way) in ways.items()),
+        _rows(ways, what),
         (
             _above("LoRA alone worse than + norm + embed", "rank-8", "norm-embed"),
             _above("rank 256 still worse than + norm + embed", "rank-256", "norm-embed"),
@@ -191,9 +193,7 @@ def table6(size: Size) -> Table:
     return Table(
         f"Retrieval at {size.top:,} tokens: share of a repeated passage's tokens ranked first, by distance in tokens",
         _heads(distances),
-        tuple(
-            Row(key, label, tuple(Entry(way, f"recall-{d}") for d in distances)) for key, (label, way) in ways.items()
-        ),
+        _rows(ways, [f"recall-{distance}" for distance in distances]),
         (
             _above("S² retrieves more than no training does, farthest", "shift", "untrained", last),
             _above("S² retrieves more than short attention, farthest", "shift", "plain", last),
@@ -221,10 +221,7 @@ def table8(size: Size) -> Table:
     return Table(
         f"Perplexity at {size.top:,} tokens by optimiser steps, with S²",
         tuple(str(step) for step in steps),
-        tuple(
-            Row(key, label, (start, *(Entry(way, f"step-{step}") for step in steps[1:])))
-            for key, (label, way) in ways.items()
-        ),
+        _rows(ways, [f"step-{step}" for step in steps[1:]], before=[start]),
         (
             Check("full fine-tuning better than no training", ("full", 0), "above", ("full", last)),
             _above("full fine-tuning falls faster at first", "norm-embed", "full", 1),

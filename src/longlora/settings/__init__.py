@@ -4,18 +4,9 @@ Nothing here imports anything heavy, so that `longlora --help` answers at once.
 """
 
 from longlora.settings.bench import BenchAttentionSettings
-from longlora.settings.benchmarks import (
-    EvaluateLongPerplexitySettings,
-    EvaluateShortSettings,
-    LongPerplexitySettings,
-)
-from longlora.settings.chat import CHAT_FORMATS, LOOPBACK, AnswerSettings, ChatSettings, PageSettings, SinkSettings
-from longlora.settings.evaluation import (
-    SCORES,
-    EvaluatedModelsSettings,
-    EvaluatePerplexitySettings,
-    PerplexitySettings,
-)
+from longlora.settings.benchmarks import EvaluateLongPerplexitySettings, EvaluateShortSettings, LongPerplexitySettings
+from longlora.settings.chat import AnswerSettings, ChatSettings, PageSettings, SinkSettings
+from longlora.settings.evaluation import EvaluatedModelsSettings, EvaluatePerplexitySettings, PerplexitySettings
 from longlora.settings.extension import (
     RECIPES,
     TRAINABLE,
@@ -27,16 +18,10 @@ from longlora.settings.extension import (
     TrainableSettings,
     TrainingSettings,
 )
-from longlora.settings.fields import DTYPES, CommandSettings, LoadSettings, Names, Tokens
-from longlora.settings.fine_tuning import (
-    EXPORT_TYPES,
-    PROMPT_FORMATS,
-    ExportSettings,
-    FineTuningSettings,
-    SftSettings,
-)
+from longlora.settings.fields import DTYPES, CommandSettings, LoadSettings
+from longlora.settings.fine_tuning import PROMPT_FORMATS, ExportSettings, SftSettings
 from longlora.settings.longqa import BuildLongQASettings, CheckLongQASettings, EndpointSettings
-from longlora.settings.memory import LOSS_KERNELS, MEMORY, MemorySettings
+from longlora.settings.memory import MemorySettings
 from longlora.settings.model import (
     ATTENTION_BACKENDS,
     METHODS,
@@ -48,8 +33,8 @@ from longlora.settings.model import (
     PatternOptions,
     PositionSettings,
 )
-from longlora.settings.planning import DEVICES, MEASURES, PlanSettings
-from longlora.settings.reproduction import PAPER_TABLES, REPRODUCTIONS, STUDIES, ReproduceSettings
+from longlora.settings.planning import PlanSettings
+from longlora.settings.reproduction import PAPER_TABLES, STUDIES, ReproduceSettings
 from longlora.settings.retrieval import (
     CHOICES,
     LinesSettings,
@@ -58,12 +43,5 @@ from longlora.settings.retrieval import (
     RetrievalSettings,
     TopicsSettings,
 )
-from longlora.settings.ruler import RULER_BARS, EvaluateTasksSettings, RulerSettings
-from longlora.settings.step_bench import (
-    MEMORY_SWITCHES,
-    STEP_DTYPES,
-    STEP_WAYS,
-    BenchMemorySettings,
-    BenchStepSettings,
-    MeasuredStepSettings,
-)
+from longlora.settings.ruler import EvaluateTasksSettings, RulerSettings
+from longlora.settings.step_bench import STEP_WAYS, BenchMemorySettings, BenchStepSettings, MeasuredStepSettings
