@@ -140,7 +140,8 @@ def test_the_declared_dependencies_are_the_imported_libraries():
 @pytest.mark.parametrize("name", MODULES)
 def test_a_file_is_short_enough_to_read(name):
     lines = len(MODULES[name].read_text(encoding="utf-8").splitlines())
-    assert lines <= 500, f"{name} has {lines} lines"
+    most = 450 if set(name.split(".")) & {"attention", "corpus", "evaluation", "model", "planner", "training"} else 350
+    assert lines <= most, f"{name} has {lines} lines"
 
 
 # --------------------------------------------------------------------------------------------- README and recipes
