@@ -4,6 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+from scipy.optimize import isotonic_regression
+
 from longlora.report.axes import Axis
 from longlora.report.svg import TEXT_SIZE, Drawing, clipped, text_width
 
@@ -248,30 +251,17 @@ def _apart(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
 
 
 def spread(places: Sequence[float], top: float, bottom: float, height: float = LINE_HEIGHT) -> list[float]:
-    """`places` moved as little as needed to lie `height` apart between `top` and `bottom`.
+    """`places` moved as little as needed (least squares) to lie `height` apart between `top` and `bottom`.
 
     >>> spread([50, 52, 10], 0, 100)
     [43.0, 59.0, 10.0]
     """
-    # Neighbours that are too close become one block around their mean, which may then meet the next block.
-    blocks: list[list[int]] = []
-    centres: list[float] = []
-
-    def centre(block: list[int]) -> float:
-        half = height * (len(block) - 1) / 2
-        mean = sum(places[index] for index in block) / len(block)
-        return max(top + half, min(bottom - half, mean))
-
-    for index in sorted(range(len(places)), key=lambda index: places[index]):
-        blocks.append([index])
-        centres.append(centre(blocks[-1]))
-        while len(blocks) > 1 and centres[-1] - centres[-2] < height * (len(blocks[-1]) + len(blocks[-2])) / 2:
-            merged = blocks.pop(-2) + blocks.pop()
-            del centres[-2:]
-            blocks.append(merged)
-            centres.append(centre(merged))
-    result = [0.0] * len(places)
-    for block, middle in zip(blocks, centres, strict=True):
-        for row, index in enumerate(block):
-            result[index] = middle + height * (row - (len(block) - 1) / 2)
-    return result
+    if not places:
+        return []
+    order = np.argsort(places, kind="stable")
+    offsets = height * np.arange(len(places))
+    # less its offset, each place may be no less than the one before
+    free = isotonic_regression(np.asarray(places, dtype=float)[order] - offsets).x
+    result = np.empty(len(places))
+    result[order] = np.clip(free, top, max(top, bottom - offsets[-1])) + offsets
+    return result.tolist()
