@@ -301,7 +301,7 @@ def _refuse_too_large(
 ) -> None:
     """Raises UserError, before anything is allocated, for a length that will not fit."""
     needed, free = _bytes_needed(settings, key_heads, length, group_size), free_bytes(device)
-    if free is not None and needed > free:
+    if needed > free:
         raise UserError(
             f"--length {length:,} with {settings.rows} × {settings.heads} heads of {settings.head_dim} in "
             f"{settings.dtype} needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {device}: "

@@ -2,14 +2,19 @@
 
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from longlora.errors import UserError
+
+CPUINFO = Path("/proc/cpuinfo")
+"""Where Linux names the processor."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -36,17 +41,16 @@ def hardware(device: torch.device) -> str:
     """The GPU's name, or the CPU's with the number of threads that PyTorch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = _proc_field("cpuinfo", "model name") or platform.machine()
+    said = CPUINFO.read_text(encoding="utf-8") if CPUINFO.exists() else ""
+    named = re.search(r"^model name\s*: (.+)$", said, re.MULTILINE)
+    name = named[1].strip() if named else platform.machine()
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can still be allocated, or None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    available = _proc_field("meminfo", "MemAvailable")
-    return int(available.split()[0]) * 1024 if available else None
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def now(device: torch.device) -> float:
@@ -76,14 +80,3 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
-
-
-def _proc_field(file: str, name: str) -> str | None:
-    """What Linux says of `name` in /proc; None elsewhere."""
-    path = Path("/proc", file)
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == name:
-                return value.strip()
-    return None

@@ -103,7 +103,7 @@ def _measured(
 ) -> tuple[int | None, str | None]:
     """Bytes at the peak, or None and why nothing was measured."""
     free = free_bytes(device)
-    if device.type == "cpu" and free is not None and predicted > free:
+    if device.type == "cpu" and predicted > free:
         return None, f"{free / 1e9:.1f} GB are free"
     try:
         return _step_bytes(settings, config, case, device), None
