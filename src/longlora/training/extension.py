@@ -128,7 +128,6 @@ def train_extension(
     if is_to_be_sharded():
         shard(trainee)
     row = settings.positions.tokens_per_row
-    looked_at = attention_cost(settings.attention, settings.training, row, model.config)
     long = [ids for ids in data.held_out if len(ids) >= context][:8]
     trained = train(
         trainee,
@@ -150,7 +149,7 @@ def train_extension(
         "attention": asdict(settings.attention) | {"group_size": settings.attention.tokens_per_group(row)},
         "trainable": trainable,
         "training": trained,
-        "attention_cost": looked_at,
+        "attention_cost": attention_cost(settings.attention, settings.training, row, model.config),
         "memory": memory_facts(settings.memory, settings.training.gradient_checkpointing),
         "data": {"name": ", ".join(settings.corpus.data), **describe(data.rows)},
     }
