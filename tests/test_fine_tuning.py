@@ -16,6 +16,8 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+from several_processes import together
 
 from longlora.attention.transformers_backend import use_shifted_attention
 from longlora.cli import main
@@ -510,3 +512,23 @@ def test_steps_that_never_warm_up_are_said(base_folder, pairs_file, tmp_path, ca
     main(command(base_folder, pairs_file, tmp_path / "run", warmup_steps=20, batch=64))
     assert "fewer than --batch 64" in caplog.text
     assert "the learning rate never reaches --lr" in caplog.text
+
+
+def test_two_processes_fine_tune_what_one_does(base_folder, pairs_file, tmp_path):
+    """Also where the last step of an epoch has a row too few for both, and what is held out is shared out."""
+    log = tmp_path / "log"
+    options = {"epochs": 2, "batch": 2, "held_out": 0.2}
+    main(command(base_folder, pairs_file, tmp_path / "one", **options))
+    two = command(base_folder, pairs_file, tmp_path / "two", **options)
+    assert together(2, lambda: main(two), log) == [0, 0], log.read_text()[-3000:]
+    one, two = RunDirectory(tmp_path / "one"), RunDirectory(tmp_path / "two")
+    losses = [[record["loss"] for record in run.read_metrics() if "loss" in record] for run in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    summaries = [run.read_evaluation("summary") for run in (one, two)]
+    assert summaries[0]["data"]["rows"] % 2 == 1
+    for name, measured in summaries[0]["answers"].items():
+        assert summaries[1]["answers"][name]["nll"] == pytest.approx(measured["nll"], abs=1e-5)
+    assert log.read_text().count("loss of 4 held-out answers") == 1
+    ours, theirs = (load_file(run.adapter / "adapter_model.safetensors") for run in (one, two))
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-5)
