@@ -1,10 +1,12 @@
 """Our model in lm-eval, against lm-eval's own wrapper of a transformers model, and its tasks from a file."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_runs import save_base
 
@@ -104,6 +106,28 @@ def test_tasks_of_a_file_as_lm_eval_alone_has_them(folder: Path, stock: HFLM, tm
             assert row["high"] - row["value"] == pytest.approx(1.96 * error, rel=0.3 if row["scores"] == [] else 1e-4)
     _, samples = run_tasks(LoadedModel(*load(folder), window=WINDOW), load_tasks(names[2:])[names[2]], 3)
     assert [sample["resps"] for sample in samples["said"]] == [s["resps"] for s in theirs["samples"]["said"]]
+
+
+def test_samples_drawn_by_chance_are_lm_evals_and_the_same_for_every_model(tmp_path: Path) -> None:
+    (tmp_path / "draw.py").write_text(
+        "import random\nimport numpy as np\nfrom datasets import Dataset\n"
+        "def samples(**_):\n"
+        "    drawn = [{'question': str(random.random()), 'answer': str(np.random.rand())} for _ in range(3)]\n"
+        "    return {'test': Dataset.from_list(drawn)}\n"
+    )
+    names = []
+    for name in ("one", "other"):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: {name}\ncustom_dataset: !function draw.samples\ntest_split: test\noutput_type: loglikelihood\n"
+            'doc_to_text: "{{question}}"\ndoc_to_target: "{{answer}}"\n'
+        )
+        names.append(str(tmp_path / f"{name}.yaml"))
+    for asked in (names, names[1:], names[::-1]):
+        for name, (task,) in load_tasks(asked).items():
+            random.seed(0)
+            np.random.seed(1234)
+            expected = [(str(random.random()), str(np.random.rand())) for _ in range(3)]
+            assert [(doc["question"], doc["answer"]) for doc in task.eval_docs] == expected, name
 
 
 def test_at_the_new_window(folder: Path, tmp_path: Path) -> None:

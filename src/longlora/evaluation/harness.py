@@ -5,6 +5,7 @@ What is longer than the window is cut on the left, as lm-eval does; here it is c
 
 import io
 import logging
+import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
+from lm_eval import evaluator
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -32,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 for noisy in ("lm_eval", "huggingface_hub"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
+
+NUMPY_SEED = 1234
+"""lm-eval's default seed of numpy beside its default 0 of Python's random."""
 
 Row = dict[str, Any]
 
@@ -112,6 +118,33 @@ def whom_to_ask(name: str, settings: RetrievalSettings) -> Asked:
 
 
 @contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """Python's and numpy's generators as lm-eval seeds them before it loads a task, and afterwards as they were."""
+    sys.modules.pop("lm_eval.tasks.ruler.cwe_utils", None)  # has a generator of its own: read anew, it starts anew
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(NUMPY_SEED + seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+@contextmanager
+def replaced(names: dict[str, Any], replacements: dict[str, Any]) -> Iterator[None]:
+    """`names` with other values for a while."""
+    before = {name: names[name] for name in replacements if name in names}
+    names.update(replacements)
+    try:
+        yield
+    finally:
+        for name in replacements:
+            del names[name]
+        names.update(before)
+
+
+@contextmanager
 def without_bars_in_a_log() -> Iterator[None]:
     """Hides what lm-eval draws and prints, but for bars on a terminal."""
     bars = nullcontext() if sys.stderr.isatty() and ranks.rank() == 0 else redirect_stderr(io.StringIO())
@@ -120,7 +153,8 @@ def without_bars_in_a_log() -> Iterator[None]:
 
 
 def load_tasks(names: Sequence[str], metadata: Mapping[str, Any] | None = None) -> dict[str, list[Any]]:
-    """lm-eval's tasks or groups of these names, with their data, by name.
+    """lm-eval's tasks or groups of these names, with their data, by name; each as lm-eval makes it in a run of its own,
+    so that samples drawn by chance are the same for every model.
 
     Args:
         names: tasks, groups and tags of lm-eval, or .yaml files of tasks.
@@ -145,7 +179,7 @@ def load_tasks(names: Sequence[str], metadata: Mapping[str, Any] | None = None) 
 def _load(manager: TaskManager, name: str) -> list[Any]:
     """The group, or the tasks, that `name` stands for."""
     try:
-        with without_bars_in_a_log():
+        with without_bars_in_a_log(), seeded():
             loaded = manager.load([name])
     except Exception as error:  # a data set may fail in any way
         raise UserError(
@@ -173,7 +207,9 @@ def run_tasks(
         the 95% interval two standard errors (1.96) to either side, None where lm-eval knows none, `scores` of each
         sample where the metric has them; and lm-eval's records of the samples of each task.
     """
-    with without_bars_in_a_log(), evaluating(lm.model) if isinstance(lm, HFLM) else nullcontext():
+    # it would ask pip and git what is installed, for seconds, after each task
+    quick = replaced(vars(evaluator), {"add_env_info": lambda _: None})
+    with quick, without_bars_in_a_log(), evaluating(lm.model) if isinstance(lm, HFLM) else nullcontext():
         found: Any = simple_evaluate(
             model=lm,
             tasks=list(tasks),
@@ -196,6 +232,8 @@ def _rows(found: Mapping[str, Any]) -> list[Row]:
         for key, value in metrics.items():
             metric, _, answers = key.partition(",")
             if not answers or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            if metric.isdigit() and value == -1:  # RULER's, of a length that was not asked for
                 continue
             error = metrics.get(f"{metric}_stderr,{answers}")
             half = 1.959964 * error if isinstance(error, int | float) else None

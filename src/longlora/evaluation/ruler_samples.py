@@ -8,8 +8,6 @@ loaded, and give up where they would search for ever.
 
 import io
 import logging
-import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -18,7 +16,6 @@ from typing import Any
 
 import lm_eval.tasks
 import nltk
-import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from lm_eval.api.task import ConfigurableTask
@@ -26,6 +23,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from longlora.errors import check_choice
+from longlora.evaluation.harness import replaced, seeded
 from longlora.model.source import first_line
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -39,9 +37,6 @@ ESSAY_TASKS = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multiv
 
 QUESTION_TASKS = {"ruler_qa_squad": "SQuAD", "ruler_qa_hotpot": "HotpotQA"}
 """Tasks that ask the questions of a data set, which lm-eval fetches anew each time."""
-
-NUMPY_SEED = 1234
-"""lm-eval's default seed of numpy beside its default 0 of Python's random."""
 
 MAKERS = ("generate_samples", "sys_vartrack_w_noise_random", "sys_word_pair_random", "sys_kwext")
 """The functions of lm-eval that make `num_samples` samples."""
@@ -72,10 +67,12 @@ class RulerTask(ConfigurableTask):
 
     def __init__(self, name: str, tokenizer: Any, context: int, trials: int, seed: int) -> None:
         self.name, self.context = name, context
-        self._search, self._trials, self._seed = _Search(tokenizer, context, trials), trials, seed
+        self._search, self._trials = _Search(tokenizer, context, trials), trials
         try:
-            config = _config(name)
-            super().__init__(config={**config, "metadata": {"max_seq_lengths": [context], "tokenizer": "as loaded"}})
+            with seeded(seed):
+                config = _config(name)
+                made_for = {"max_seq_lengths": [context], "tokenizer": "as loaded"}
+                super().__init__(config={**config, "metadata": made_for})
         except Exception as error:  # whatever lm-eval, a download or a search without an end may raise
             raise NoSampleError(self._why_not(error)) from error
         if self._search.gave_up or not all(sample["outputs"] for sample in self.eval_docs):
@@ -84,7 +81,7 @@ class RulerTask(ConfigurableTask):
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
         """Makes the samples (lm-eval's word for it)."""
         functions = self.config.custom_dataset.__globals__
-        with _seeded(self._seed), _replaced(functions, self._fewer(functions)), _silence():
+        with replaced(functions, self._fewer(functions)), _silence():
             super().download(dataset_kwargs)
 
     @property
@@ -167,13 +164,11 @@ def _has_sentence_splitter() -> bool:
 
 def _config(name: str) -> dict[str, Any]:
     """lm-eval's settings of a task, with its functions."""
-    # This one keeps a random generator of its own: read anew, it starts anew.
-    sys.modules.pop("lm_eval.tasks.ruler.cwe_utils", None)
     entry = TaskManager(include_defaults=False, include_path=FOLDER).task_index[name]
     assert entry.yaml_path is not None
     # Its NIAH room asks for NLTK's data when it is imported, whether the task needs it or not.
     needed = name in ESSAY_TASKS
-    with _silence(), _replaced(vars(nltk), {} if needed else {"download": lambda *_, **__: False}):
+    with _silence(), replaced(vars(nltk), {} if needed else {"download": lambda *_, **__: False}):
         return load_yaml(entry.yaml_path)
 
 
@@ -227,32 +222,6 @@ class _Search:
     def length(of: Any) -> int:
         """`len` as lm-eval's functions see it."""
         return -(10**9) if isinstance(of, _NoTokens) else len(of)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Python's and numpy's generators as lm-eval seeds them, and afterwards as they were."""
-    states = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(NUMPY_SEED + seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-
-
-@contextmanager
-def _replaced(names: dict[str, Any], replacements: dict[str, Any]) -> Iterator[None]:
-    """`names` with other values for a while."""
-    before = {name: names[name] for name in replacements if name in names}
-    names.update(replacements)
-    try:
-        yield
-    finally:
-        for name in replacements:
-            del names[name]
-        names.update(before)
 
 
 @contextmanager
