@@ -303,6 +303,22 @@ def test_time_follows_from_operations_and_rate():
 # ------------------------------------------------------------------------------------------------- command, recipe
 
 
+def test_rows_in_pieces_send_half_a_group_of_half_the_heads_and_full_layers_all():
+    """Llama-2 7B: 32 heads of 128, pieces that end where groups do; three passes with gradient checkpointing."""
+    flags = ("llama2-7b", "--context", "32768", "--batch", "4", "--gpus", "4", "--sequence-parallel", "4")
+    time = run(*flags)["time"]
+    boundary = 2 * 16 * (8192 // 2) * 128 * 2
+    assert time["s2"]["sent_bytes_per_step"] == 4 * 3 * 32 * 3 * boundary
+    assert time["s2"]["transfer_seconds"] == pytest.approx(4 * 3 * 32 * boundary / 50e9)
+    assert 1 <= time["s2"]["imbalance"] < 1.2
+    assert time["full"]["sent_bytes_per_step"] == 4 * 3 * 32 * (1 + 2 + 3) * 2 * 32 * 8192 * 128 * 2
+    assert time["full"]["imbalance"] == pytest.approx((2 * 4 - 1) / 4, rel=1e-3)
+    alone = run(*flags[:-2])["time"]["s2"]
+    assert (alone["sent_bytes_per_step"], alone["imbalance"]) == (0, 1.0)
+    assert time["s2"]["flops_per_step"] == alone["flops_per_step"]
+    assert time["s2"]["seconds_per_step"] > alone["seconds_per_step"] + time["s2"]["transfer_seconds"] - 1e-9
+
+
 def test_what_extend_measures_is_counted(capsys):
     """A tenth of what is trained, as forward passes over full rows with full attention."""
     asked = ("llama2-7b", "--context", "32768", "--gpus", "8")

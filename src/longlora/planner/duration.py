@@ -6,16 +6,20 @@ from typing import Any
 
 from longlora.attention.schedule import attention_at
 from longlora.planner.anatomy import Anatomy
-from longlora.planner.flops import causal_flops, training_flops
+from longlora.planner.flops import FLASH_BACKWARD, causal_flops, training_flops
+from longlora.planner.pieces import piece_costs
 from longlora.settings import PlanSettings
 
 
 def duration(anatomy: Anatomy, settings: PlanSettings, gradient_checkpointing: bool) -> dict[str, Any]:
-    """Seconds by the attention of the run and by full attention; communication and offloading are not in it.
+    """Seconds by the attention of the run and by full attention; of communication only what rows in pieces pass on.
 
     Returns:
-        `{"rate", "s2": {"flops_per_step", "seconds_per_step", "tokens_per_second", "seconds"}, "full": …}`; rate in
-        FLOP/s over all GPUs, operations of what causal kernels compute.
+        `{"rate", "s2": {"flops_per_step", "seconds_per_step", "tokens_per_second", "seconds", "sent_bytes_per_step",
+        "transfer_seconds", "imbalance"}, "full": …}`; rate in FLOP/s over all GPUs, operations of what causal kernels
+        compute. `sent_bytes_per_step` is what all GPUs send of keys, values and their gradients for
+        `--sequence-parallel`, `transfer_seconds` of a step are in `seconds_per_step`, and so is that GPUs wait for the
+        one whose piece has most attention, `imbalance` times the mean.
     """
     training, attention, context = settings.training, settings.attention, settings.positions.context
     rate = settings.rate * settings.gpus
@@ -23,19 +27,36 @@ def duration(anatomy: Anatomy, settings: PlanSettings, gradient_checkpointing: b
     full = Counter({("full", context): training.steps})
     found: dict[str, Any] = {"rate": rate}
     for name, schedule in (("s2", ways), ("full", full)):
-        row = 0.0
+        row, sent, waited, most, mean = 0.0, 0.0, 0.0, 0.0, 0.0
         for (pattern, group_size), steps in schedule.items():
             forward = causal_flops(anatomy, context, attention, pattern, min(group_size, context))
             operations = training_flops(anatomy, forward, context, gradient_checkpointing)
             operations += forward.ffn if settings.memory.tiled_mlp else 0  # each tile once more
             operations += forward.projection if settings.memory.layer_tile else 0  # keys and values once more
-            row += operations * steps / training.steps
-        flops = row * training.batch
+            share = steps / training.steps
+            row += operations * share
+            if training.sequence_parallel == 1:
+                continue
+            number = 4 if training.dtype == "float32" else 2
+            sizes = (min(group_size, context), training.sequence_parallel, number)
+            costs = piece_costs(anatomy, context, attention, pattern, *sizes)
+            passes = 3 if gradient_checkpointing else 2  # forward, again, and gradients
+            sent += costs.sent_bytes * passes * share
+            waited += costs.busiest_bytes * passes * share
+            of_attention = forward.attention * (passes - 1 + FLASH_BACKWARD)
+            mean += of_attention * share
+            most += of_attention * costs.imbalance * share
+        flops, groups = row * training.batch, settings.gpus // training.sequence_parallel
+        transfer = waited * training.batch / groups / settings.link_bytes_per_second
+        seconds = (flops + (most - mean) * training.batch) / rate + transfer
         found[name] = {
             "flops_per_step": round(flops),
-            "seconds_per_step": flops / rate,
-            "tokens_per_second": training.batch * context / (flops / rate),
-            "seconds": training.steps * flops / rate,
+            "seconds_per_step": seconds,
+            "tokens_per_second": training.batch * context / seconds,
+            "seconds": training.steps * seconds,
+            "sent_bytes_per_step": round(sent * training.batch),
+            "transfer_seconds": transfer,
+            "imbalance": most / mean if mean else 1.0,
         }
     return found
 

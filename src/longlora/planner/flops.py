@@ -13,7 +13,7 @@ and the paper's totals are the sums of its rounded parts. Softmax and activation
 kernel really computes is counted besides, in query-key pairs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 
@@ -73,28 +73,38 @@ def attention_pairs(anatomy: Anatomy, context: int, attention: AttentionSettings
         pattern: `attention.pattern`, or `full`.
     """
     row = (((0, context),),)
+    options = attention.options if pattern == attention.pattern else PatternOptions()
 
     @cache
-    def pairs(pattern: str, layer: int) -> int:
-        options = attention.options if pattern == attention.pattern else PatternOptions()
-        return query_key_pairs(
-            plan(row, context, anatomy.heads, anatomy.key_heads, group_size, pattern, layer, options)
-        )
+    def pairs(kind: str, layer: int, window: int | None) -> int:
+        if window is not None:
+            seen = min(window, context)
+            return anatomy.heads * (seen * (seen + 1) // 2 + (context - seen) * seen)
+        own = options if kind == pattern else PatternOptions()
+        return query_key_pairs(plan(row, context, anatomy.heads, anatomy.key_heads, group_size, kind, layer, own))
 
-    found = 0
+    return round(sum(count * pairs(*kind) for count, *kind in attention_kinds(anatomy, attention, pattern)))
+
+
+def attention_kinds(
+    anatomy: Anatomy, attention: AttentionSettings, pattern: str
+) -> Iterator[tuple[float, str, int, int | None]]:
+    """(layers, pattern, ordinal as far as it matters, sliding window) of each kind of attention in the model.
+
+    Layers are a mean over forward passes where those with full attention are drawn: each is as likely as another.
+    """
     for layer, count in anatomy.kinds:
         if layer.window is not None:
-            seen = min(layer.window, context)
-            found += count * anatomy.heads * (seen * (seen + 1) // 2 + (context - seen) * seen)
+            yield count, "full", 0, layer.window
     layers = [layer.window for layer in anatomy.layers].count(None)
-    if not layers:
-        return found
-    full = {layer % layers for layer in attention.full_attention_layers}
+    full = {layer % layers for layer in attention.full_attention_layers} if layers else set()
     others = [layer for layer in range(layers) if layer not in full]
-    sparse = sum(pairs(pattern, layer % 2) for layer in others)
-    drawn = layers_drawn(attention.full_layers_share, len(others))  # each layer is as likely as another
-    sparse = round(sparse * (1 - drawn / max(1, len(others))))
-    return found + sparse + (len(full) + drawn) * pairs("full", 0)
+    drawn = layers_drawn(attention.full_layers_share, len(others))
+    if drawn or full:
+        yield len(full) + drawn, "full", 0, None
+    for parity in (0, 1):
+        if count := sum(layer % 2 == parity for layer in others):
+            yield count * (1 - drawn / len(others)), pattern, parity, None
 
 
 def training_flops(anatomy: Anatomy, forward: Flops, context: int, gradient_checkpointing: bool) -> int:

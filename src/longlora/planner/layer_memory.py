@@ -61,6 +61,14 @@ class Step:
         return -(-self.context // self.sequence_parallel) * self.rows
 
     @property
+    def halo(self) -> int:
+        """Tokens before a piece of a row that its attention reads, at most."""
+        if self.sequence_parallel == 1:
+            return 0
+        own = self.tokens // self.rows
+        return min(self.context - own, self.context if self.group_size is None else self.group_size - 1)
+
+    @property
     def tile(self) -> int:
         """Tokens of a row that a layer takes at a time."""
         return min(self.layer_tile or self.context, self.context)
@@ -125,6 +133,11 @@ def layer_bytes(anatomy: Anatomy, layer: LayerShape, step: Step) -> LayerBytes:
     # gradients of q, k and v, and beside them what a call returns: those of half of the heads, or of one block
     beside = 0 if anatomy.written_out else projected / 2
     attention_backward: float = number * (layer.output + projected + beside) + 8 * hidden
+    pair = layer.key + layer.value
+    halo = number * pair * step.halo * step.rows / step.tokens
+    attention += halo
+    if step.halo:  # its gradient; and what comes back to a piece's own keys and values is summed in float32
+        attention_backward += halo + 4 * pair
     if layer.window is not None and layer.window < step.context:
         attention_backward += 4 * projected  # a token is read by two chunks: summed in float32
     if anatomy.written_out:  # scores before and after the cap, slopes, weights, their gradients, in float32

@@ -102,6 +102,13 @@ def _time(document: dict[str, Any]) -> list[str]:
         f"{document['batch']} rows a step, {document['steps']:,} steps, at {time['rate'] / gpus['count'] / 1e12:,.0f} "
         f"TFLOP/s a GPU; transfers not counted."
     )
+    for name, label in (("full", "full attention"), ("s2", document["pattern"])):
+        if sent := time[name]["sent_bytes_per_step"]:
+            lines.append(
+                f"Rows in pieces: {label} sends {sent / 1e9:,.2f} GB a step, which takes "
+                f"{_seconds(time[name]['transfer_seconds'])}; the piece with most attention has "
+                f"{time[name]['imbalance']:.2f} times the mean."
+            )
     evaluation = document["evaluation"]
     measured = "what --stride and --max-documents ask for"
     if evaluation["tokens"] is not None:

@@ -57,6 +57,10 @@ class PlanSettings(ExtensionSettings):
     shard: bool = False
     """Divide weights, gradients and optimizer over the GPUs (FSDP2); default each GPU has them all."""
 
+    link_bytes_per_second: float = 50e9
+    """Bytes a second from one GPU to its neighbour, for what `sequence_parallel` passes on; default InfiniBand at 400
+    Gbit/s. Give what your machines measure."""
+
     measure: bool = False
     """Run training steps on a randomly initialised model of this shape, at contexts that double, and print what they
     take beside what was predicted."""
@@ -90,6 +94,8 @@ class PlanSettings(ExtensionSettings):
         self.memory.check(training.gradient_checkpointing, train, training.sequence_parallel)
         if not 0 < self.utilisation <= 1:
             raise UserError(f"--utilisation is {self.utilisation:g}: it must be a share from 0 to 1, and above 0.")
+        if not self.link_bytes_per_second > 0:
+            raise UserError(f"--link-bytes-per-second is {self.link_bytes_per_second}: it must be above 0.")
         if self.flops_per_second is not None and not self.flops_per_second > 0:
             raise UserError(f"--flops-per-second is {self.flops_per_second}: it must be above 0.")
         self._check_measuring()
