@@ -17,6 +17,7 @@ from longlora.evaluation import perplexity as rooms
 from longlora.evaluation.command import evaluate_perplexity, perplexity_changes
 from longlora.evaluation.results import change_lines, data_fingerprint, evaluated_models, weights_fingerprint
 from longlora.evaluation.retrieval import accuracy_changes
+from longlora.results import Answered, read
 from longlora.settings import CorpusSettings, EvaluatePerplexitySettings, LoadSettings, PasskeySettings
 from longlora.settings import PerplexitySettings as Way
 
@@ -184,3 +185,13 @@ def test_fingerprints_of_weights(places: Path) -> None:
     assert weights_fingerprint(str(places / "base"), None) == before
     os.utime(file, ns=(1, 1))
     assert weights_fingerprint(str(places / "base"), None) != before
+
+
+@pytest.mark.parametrize("given", [-0.5, 1.5, True, "0.5", math.nan, math.inf, None])
+def test_what_is_no_share_is_not_read_as_one(given: Any) -> None:
+    assert read(Answered, {"context": 8, "accuracy": given}) == Answered(context=8)
+
+
+@pytest.mark.parametrize("given", [0, 0.25, 1])
+def test_a_share_is_read(given: float) -> None:
+    assert read(Answered, {"context": 8, "accuracy": given}) == Answered(context=8, accuracy=given)
