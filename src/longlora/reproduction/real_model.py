@@ -44,8 +44,9 @@ from longlora.settings import (
 )
 from longlora.tables import aligned
 
-DOCUMENTS = 6
-"""Held-out documents that perplexity is measured on: the first that are as long as the context."""
+DOCUMENTS = 8
+"""Held-out documents that perplexity is measured on: the first that are as long as the context, and of each a quarter of
+a window's tokens, the last before the context is full, so that a context takes one row a document."""
 
 DEPTHS, TRIALS = 5, 20
 """Places of a pass key, and prompts for each: 100 a context, whose interval is at most 20 points wide."""
@@ -155,7 +156,8 @@ class Study:
 
 def _perplexity(study: Study, name: str) -> Document:
     window, context = study.window, study.base.positions.context
-    way = PerplexitySettings(contexts=(window // 4, window, context), max_documents=DOCUMENTS)
+    contexts = (window // 4, window, context)
+    way = PerplexitySettings(contexts=contexts, max_documents=DOCUMENTS, last_tokens=window // 4)
     corpus = CorpusSettings(data=study.settings.evaluation_data or ("stdlib",))
     return evaluate_perplexity(EvaluatePerplexitySettings(**study.evaluated(name), corpus=corpus, perplexity=way))
 
