@@ -45,8 +45,8 @@ from longlora.settings import (
 from longlora.tables import aligned
 
 DOCUMENTS = 8
-"""Held-out documents that perplexity is measured on: the first that are as long as the context, and of each a quarter of
-a window's tokens, the last before the context is full, so that a context takes one row a document."""
+"""Held-out documents that perplexity is measured on: the first that are as long as the context, and of each a quarter
+of a window's tokens, the last before the context is full, so that a context takes one row a document."""
 
 DEPTHS, TRIALS = 5, 20
 """Places of a pass key, and prompts for each: 100 a context, whose interval is at most 20 points wide."""
