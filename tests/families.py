@@ -223,7 +223,7 @@ def table(rows: dict[str, dict[str, str] | None], versions: str) -> str:
             "",
             f"Written by `python tests/families.py` ({versions}): tiny random models of the decoder families that",
             "transformers' own table names, and what each command does with them. A `no` is a sentence and exit status",
-            "2; `–` was not tried, because the run it needs was refused.",
+            "2; `–` was not tried: the run it needs was refused, or (no `eval`) only `plan` and `chat` were.",
             "",
             *lines,
             "",

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_runs import save_base
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from longlora.attention.transformers_backend import use_shifted_attention
 from longlora.chat.answering import Answerer
 from longlora.chat.prefix_cache import PrefixCaches
 from longlora.chat.sampling import Sampler
@@ -84,6 +85,16 @@ def test_an_answer_is_the_one_without_a_cache_whatever_the_family_does_with_it(n
                 assert int(model(torch.tensor([said])).logits[0, -1].argmax()) == token
             said.append(token)
         said += [7, 8, 9]
+
+
+def test_layers_of_a_window_alone_are_refused_however_the_config_says_so():
+    """As `plan` refuses them: Mistral's one window, and Gemma's list of layers in which none sees all."""
+    config = AutoConfig.for_model(
+        "gemma3_text", **TEXT | {"sliding_window": 32, "layer_types": ["sliding_attention"] * 2}
+    )
+    model = use_shifted_attention(AutoModelForCausalLM.from_config(config), 16).train()
+    with pytest.raises(UserError, match="no full attention for S2-Attn to replace"):
+        model(input_ids=torch.arange(64)[None])
 
 
 def test_the_document_knows_every_family():

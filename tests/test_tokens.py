@@ -567,7 +567,7 @@ def test_the_fingerprint_is_the_same_in_another_process():
 
 @pytest.mark.slow
 def test_many_records_take_little_memory_and_little_more_time_than_their_tokens():
-    """40,000 here (the figures of 1,000,000 stand in docs/experiments.md): memory does not grow with their number."""
+    """40,000 here (a million: `python benchmarks/million_records.py`): memory does not grow with their number."""
     program = Path(__file__).parent.parent / "benchmarks" / "million_records.py"
     environment = {**os.environ, "PYTHONPATH": str(Path(tokens.__file__).parents[2])}
     count = os.environ.get("LONGLORA_RECORDS", "40000")

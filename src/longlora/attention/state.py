@@ -89,6 +89,18 @@ class ForwardPass:
     piece: Piece | None = None
     """Of its rows, where this process computes a piece of them."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What a model asks for that works on the mask itself before attention gets it (Doge).
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "this model's own code changes the attention mask, which S2-Attn does without: it cannot serve the model. "
+            "Use another decoder with rotary positions, such as Llama, Mistral, Qwen, Phi-3, GPT-NeoX, OLMo-2 or Gemma."
+        )
+
     def draw_for(self, state: ShiftedAttentionState, training: bool) -> Draw:
         """What this pass draws from. The first training layer that asks takes the model's next turn for it."""
         if self.draw is None:
@@ -148,7 +160,7 @@ def layer_attention(state: ShiftedAttentionState, call: LayerCall, query: Tensor
     plans_of: Callable[..., tuple[HeadSetPlan, ...]]
     if call.window is None:
         plans_of = partial(state.plans, call.layer, call.documents, row, heads, key_heads, call.draw)
-    elif call.layer in state.global_layers:
+    elif call.layer in state.global_layers or not state.global_layers:
         raise UserError(
             f"every layer of this model attends to the last {call.window:,} tokens only (sliding_window), and "
             f"the row has {row:,}: there is no full attention for S2-Attn to replace. Set sliding_window to "

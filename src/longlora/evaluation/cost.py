@@ -43,7 +43,7 @@ def announce(what: str, model: nn.Module, rows: Sequence[int], new_tokens: int =
 
     def work(tokens: int) -> float:
         """Multiply-adds of a row, roughly."""
-        heads, size = config.num_attention_heads, getattr(config, "head_dim", None)
+        heads, size = getattr(config, "num_attention_heads", 1), getattr(config, "head_dim", None)
         size = size or config.hidden_size // heads
         return tokens * (weights + config.num_hidden_layers * heads * size * tokens)
 
@@ -86,7 +86,7 @@ def tokens_a_pass(model: nn.Module, length: int, cached: bool = False) -> int:
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     else:
         free, most = psutil.virtual_memory().available, CPU_TOKENS
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", 1)  # a state space model has none
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     numbers = 8 * config.hidden_size + 3 * inner + 3 * heads * size
