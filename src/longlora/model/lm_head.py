@@ -273,6 +273,16 @@ def _run(model: nn.Module, inputs: Mapping[str, Any], read: Callable[[Tensor], R
 def prove_logits(base: PreTrainedModel, hidden: Tensor, logits: Tensor) -> None:
     """Raises UserError, once for each model, unless `logits (B, 1, V)` are what `token_losses` makes of `hidden`."""
     if base not in _proven and not _drops_out(base.get_output_embeddings()):
+        with torch.no_grad():
+            ours = _logits(base, hidden[:, -1])
+        _check_logits(type(base).__name__, ours[0], outputs.logits)
+        _proven.add(base)
+    return results[0], outputs
+
+
+def prove_logits(base: PreTrainedModel, hidden: Tensor, logits: Tensor) -> None:
+    """Raises UserError, once for each model, unless `logits (B, 1, V)` are what `token_losses` makes of `hidden`."""
+    if base not in _proven and not _drops_out(base.get_output_embeddings()):
         try:
             with torch.no_grad():
                 ours = _logits(base, hidden[:, -1])
@@ -309,6 +319,11 @@ def _logits(base: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits `(…, V)` of `hidden (…, E)`, with the model's own post-processing."""
     head = cast(nn.Module, base.get_output_embeddings())
     with mixed_precision(head, hidden.dtype, device=hidden.device), _casts_apart(hidden.device):
+        if getattr(head, "in_features", hidden.shape[-1]) != hidden.shape[-1]:
+            raise UserError(
+                f"{type(base).__name__} cannot be scored: its LM head takes other hidden states than its decoder gives "
+                "(Electra); use a model of another architecture."
+            )
         return _post_process(base.config.get_text_config(), _caller(head)(hidden))
 
 
