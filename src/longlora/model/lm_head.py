@@ -275,22 +275,6 @@ def prove_logits(base: PreTrainedModel, hidden: Tensor, logits: Tensor) -> None:
     if base not in _proven and not _drops_out(base.get_output_embeddings()):
         with torch.no_grad():
             ours = _logits(base, hidden[:, -1])
-        _check_logits(type(base).__name__, ours[0], outputs.logits)
-        _proven.add(base)
-    return results[0], outputs
-
-
-def prove_logits(base: PreTrainedModel, hidden: Tensor, logits: Tensor) -> None:
-    """Raises UserError, once for each model, unless `logits (B, 1, V)` are what `token_losses` makes of `hidden`."""
-    if base not in _proven and not _drops_out(base.get_output_embeddings()):
-        try:
-            with torch.no_grad():
-                ours = _logits(base, hidden[:, -1])
-        except RuntimeError as error:
-            raise UserError(
-                f"{type(base).__name__} cannot be scored: it does not hand its hidden states to its LM head as they "
-                "are; use a model of another architecture."
-            ) from error
         _check_logits(type(base).__name__, ours[:, None], logits)
         _proven.add(base)
 
