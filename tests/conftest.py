@@ -121,11 +121,3 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if _MISSING and os.environ.get("LONGLORA_NOTHING_MISSING") and session.exitstatus == 0:
         print("\nskipped, and nothing may be:", *sorted(set(_MISSING)), sep="\n  ")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests listed in known_failures.txt are run and may fail: debts that are to be paid, none may be added."""
-    known = set((Path(__file__).parent / "known_failures.txt").read_text(encoding="utf-8").splitlines())
-    for item in items:
-        if item.nodeid in known:
-            item.add_marker(pytest.mark.xfail(strict=False, reason="tests/known_failures.txt"))
