@@ -6,7 +6,6 @@ Nothing here reaches a network or a person's own caches, and torch is imported o
 import os
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
