@@ -303,7 +303,9 @@ def _logits(base: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits `(…, V)` of `hidden (…, E)`, with the model's own post-processing."""
     head = cast(nn.Module, base.get_output_embeddings())
     with mixed_precision(head, hidden.dtype, device=hidden.device), _casts_apart(hidden.device):
-        if getattr(head, "in_features", hidden.shape[-1]) != hidden.shape[-1]:
+        weight = getattr(head, "weight", None)  # `in_features` of a tied head in PEFT is the vocabulary
+        plain = weight is not None and weight.ndim == 2 and weight.is_floating_point()
+        if plain and weight.shape[1] != hidden.shape[-1]:
             raise UserError(
                 f"{type(base).__name__} cannot be scored: its LM head takes other hidden states than its decoder gives "
                 "(Electra); use a model of another architecture."
