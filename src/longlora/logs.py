@@ -27,6 +27,8 @@ def quiet_libraries() -> None:
         handler.setFormatter(_Printable("%(message)s"))
     # of several processes the first speaks for all
     logging.getLogger("longlora").setLevel(logging.INFO if ranks.rank() == 0 else logging.ERROR)
+    # where it is installed it says on stdout that there is no GPU, in the midst of --json
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     # PEFT looks for a vocabulary change beside a base that is a .gguf file; this package never changes one
     warnings.filterwarnings("ignore", message="Could not find a config file in .*gguf")
