@@ -304,7 +304,12 @@ def _logits(base: PreTrainedModel, hidden: Tensor) -> Tensor:
     head = cast(nn.Module, base.get_output_embeddings())
     with mixed_precision(head, hidden.dtype, device=hidden.device), _casts_apart(hidden.device):
         weight = getattr(head, "weight", None)  # `in_features` of a tied head in PEFT is the vocabulary
-        if weight is not None and weight.ndim == 2 and weight.is_floating_point() and weight.shape[1] != hidden.shape[-1]:
+        if (
+            weight is not None
+            and weight.ndim == 2
+            and weight.is_floating_point()
+            and weight.shape[1] != hidden.shape[-1]
+        ):
             raise UserError(
                 f"{type(base).__name__} cannot be scored: its LM head takes other hidden states than its decoder gives "
                 "(Electra); use a model of another architecture."
