@@ -161,7 +161,7 @@ def test_hostile_requests_are_refused_in_a_sentence(model):
         events = client.answer(asked | {"documents": [about | {"n": n} for n in range(20)]})
         assert events[-1][0] == "error"
         assert "more than fit" in events[-1][1]["error"]
-        assert watch.memory() - watch.before < 50e6
+        assert watch.used()[0] - watch.before < 50e6
         turns = [{"role": "user", "content": "\ud800 Who?"}, {"role": "assistant", "content": "x"}]
         for kind in ("markdown", "json"):
             assert client.call("POST", "/api/export", {"format": kind, "turns": turns, "documents": []})[0] == 200
