@@ -139,7 +139,7 @@ def test_fake_tensors_count_what_real_ones_take():
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peak")
 def test_predicted_within_ten_per_cent_of_the_peak_of_a_process():
     command = ["plan", "smollm2-135m", "--context", "2048", "--measure", "--measure-by", "process"]
-    more = ["--measure-layers", "2", "--json"]
+    more = ["--measure-layers", "2", "--dtype", "float32", "--json"]
     code = "from longlora.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, *command, *more], capture_output=True, text=True, check=True)
     measured = json.loads(done.stdout)["measured"]
