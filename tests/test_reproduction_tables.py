@@ -408,7 +408,7 @@ def test_table_7_equals_the_paper_in_every_cell(tmp_path, capsys):
 
 
 def test_a_page_keeps_what_people_wrote(tmp_path):
-    file = tmp_path / "results" / "table1.md"
+    file = tmp_path / "table1.md"
     write_page(file, "# One\n\nfirst\n")
     assert file.read_text().startswith("# One\n\nfirst\n\n" + OWN_WORDS)
     file.write_text(file.read_text().replace("(Not written yet.)", "It agrees."))
