@@ -4,6 +4,7 @@ A run ends in the result of the run that nothing happened to, or in a sentence; 
 """
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -143,7 +144,7 @@ def test_a_full_disk_is_a_sentence_and_resumes(place, whole, tmp_path, capsys, m
 
     with monkeypatch.context() as patch:
         patch.setenv("LONGLORA_CACHE", str(tmp_path / "cache"))
-        patch.setattr(name, SimpleNamespace(dumps=full) if at == "metrics" else full)
+        patch.setattr(name, SimpleNamespace(**(vars(json) | {"dumps": full})) if at == "metrics" else full)
         assert "disk is full" in refused(words if fresh else [*words, "--resume"], capsys)
     if not fresh:
         last = RunDirectory(run).last_checkpoint(verify=True)
