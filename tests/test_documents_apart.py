@@ -39,7 +39,10 @@ MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_exp
 FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
     "llama": ({}, True),
     "qwen2_moe": ({"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}, True),
-    "gemma3_text": ({"head_dim": 16, "sliding_window": 8}, True),
+    "gemma3_text": (
+        {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        True,
+    ),
     "qwen3_5_text": (DELTA, False),
     "bamba": (MAMBA | {"attn_layer_indices": [1, 3]}, False),
     "olmo_hybrid": ({}, False),
