@@ -133,7 +133,8 @@ def test_a_halo_comes_from_as_many_pieces_as_it_reaches():
 
 
 def assert_one(run: Path, alone: Path) -> None:
-    assert losses(run) == pytest.approx(losses(alone), abs=1e-6)
+    # float32 has a number every 4.8e-7 at a loss of 7; up to three of these steps were measured
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-6)
     ours, theirs = result(run), result(alone)
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():

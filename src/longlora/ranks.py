@@ -168,11 +168,6 @@ def everyones(value: Result) -> list[Result]:
     return values
 
 
-def anyone(value: bool) -> bool:
-    """Whether `value` is true in any of the processes; all of them must call."""
-    return any(everyones(value))
-
-
 def wait_for_all() -> None:
     """Go on once all processes are here."""
     everyones(None)

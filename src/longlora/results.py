@@ -1,8 +1,8 @@
 """Result documents, the JSON files of evaluations and runs: the schema by which they are read.
 
-`read` is for files of any age and origin: what is missing, of another kind or
-out of range becomes the field's default, and a row that lacks what it cannot do without is left out. Every figure that
-is measured on a sample has `low` and `high`, the ends of its 95% interval, beside it.
+`read` is for files of any age and origin: what is missing, of another kind or out of range becomes the field's default,
+and a row that lacks what it cannot do without is left out. Every figure that is measured on a sample has `low` and
+`high`, the ends of its 95% interval, beside it.
 """
 
 import math
