@@ -56,9 +56,9 @@ def encoded_documents(tokenizer, documents, **options) -> list[tuple[str, list[i
     found, going_on = [], []
     for batch in encode_documents(tokenizer, documents, **options):
         begin = 0
-        for ended in batch.ended:
-            found.append((ended.name, [*going_on, *batch.tokens[begin : ended.stop].tolist()]))
-            begin, going_on = ended.stop, []
+        for document, stop in batch.ended:
+            found.append((document.name, [*going_on, *batch.tokens[begin:stop].tolist()]))
+            begin, going_on = stop, []
         assert (batch.goes_on is not None) == (begin < len(batch.tokens))
         going_on += batch.tokens[begin:].tolist()
     assert not going_on

@@ -10,8 +10,6 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import NamedTuple
 
 from longlora.corpus.formats import Text, UnreadableFileError, hub_address, read_file, read_hub
 from longlora.corpus.records import Malformed
@@ -29,7 +27,8 @@ NAMED = 3
 """Places of malformed records named to people."""
 
 
-class Position(NamedTuple):
+@dataclass(slots=True)
+class Position:
     """How far the sources have been read, and what was passed over so far."""
 
     file: int = 0
@@ -38,11 +37,11 @@ class Position(NamedTuple):
     texts: int = 0
     """Texts and malformed records of it."""
 
-    skipped: Mapping[str, int] = MappingProxyType({})
+    skipped: Mapping[str, int] = field(default_factory=dict)
     malformed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Document:
     """A text that belongs together: a book, a module, a record."""
 
@@ -52,7 +51,7 @@ class Document:
     text: str
     """The whole text, never empty."""
 
-    position: Position = field(default=Position(), compare=False, repr=False)
+    position: Position = field(default_factory=Position, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

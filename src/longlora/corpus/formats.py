@@ -8,9 +8,9 @@ import io
 import logging
 import zlib
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from longlora.corpus.apart import UnparsableError, parse_apart
 from longlora.corpus.decoding import UnknownEncodingError, decoded, encodable
@@ -45,7 +45,8 @@ TABLES = {".csv": ",", ".tsv": "\t"}
 _KNOWN = "text, .html, .epub, .pdf, .json, .jsonl, .ndjson, .csv, .tsv (.gz and .zst of these), .parquet or a folder"
 
 
-class Text(NamedTuple):
+@dataclass(slots=True)
+class Text:
     """One text of a file, where in the file it stood, and how far the file has been read."""
 
     where: str

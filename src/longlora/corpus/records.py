@@ -7,9 +7,12 @@ import gzip
 import io
 import json
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
+
+import orjson
 
 from longlora.corpus.decoding import encodable
 from longlora.errors import UserError, nearest
@@ -19,22 +22,34 @@ MOST_LINE_BYTES = 64_000_000
 
 COMPRESSED = (".gz", ".zst")
 LINES = (".jsonl", ".ndjson")
+_TOLD_EVERY = 1_000_000
+"""Bytes after which a file is asked how far it was read, which takes as long as a short line."""
+
+_SHORT_BYTES = 100_000
+"""Of a record that orjson reads, at eight times the speed of `json` and in twelve times the record's memory."""
+
 _ZSTD_WINDOW = 2**31
 """The largest that `zstd --long=31` writes."""
 
 
-class Record(NamedTuple):
+@dataclass(slots=True)
+class Record:
     """One decoded record."""
 
-    where: str
-    """`line 12`, or `record 3` of an array."""
+    unit: str
+    """What is counted: `line`, or `record` of an array."""
 
     number: int
     """The line's or the record's, from 1."""
 
     value: Any
     bytes_read: int
-    """Bytes of the file consumed so far, compressed bytes of a compressed file."""
+    """Bytes of the file consumed so far, compressed bytes of a compressed file, told every million or so."""
+
+    @property
+    def where(self) -> str:
+        """`line 12`."""
+        return f"{self.unit} {self.number}"
 
 
 class Malformed(NamedTuple):
@@ -99,24 +114,26 @@ def read_records(path: Path) -> Generator[Record | Malformed, None, None]:
 
 def _of_lines(stream: IO[bytes], raw: IO[bytes], single: bool) -> Iterator[Record | Malformed]:
     """`single`: what begins on a line may be one object over many."""
-    number = 0
+    number = bytes_read = untold = 0
     while line := stream.readline(MOST_LINE_BYTES + 1):
         number += 1
-        where = f"line {number}"
+        untold += len(line)
+        if untold > _TOLD_EVERY:
+            bytes_read, untold = raw.tell(), 0
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if len(line) > MOST_LINE_BYTES:
             while line and not line.endswith(b"\n"):
                 line = stream.readline(MOST_LINE_BYTES)
-            yield Malformed(where, f"it has more than {MOST_LINE_BYTES:,} bytes", raw.tell())
+            yield Malformed(f"line {number}", f"it has more than {MOST_LINE_BYTES:,} bytes", raw.tell())
         elif not line.isspace():
             try:
-                yield Record(where, number, json.loads(line), raw.tell())
+                yield Record("line", number, _value(line), bytes_read)
             except (ValueError, RecursionError) as error:
                 if single and number == 1:
                     yield _whole(line, stream, raw)
                     return
-                yield Malformed(where, f"it is not valid JSON ({_reason(error)})", raw.tell())
+                yield Malformed(f"line {number}", f"it is not valid JSON ({_reason(error)})", raw.tell())
 
 
 def _whole(line: bytes, stream: IO[bytes], raw: IO[bytes]) -> Record | Malformed:
@@ -124,9 +141,16 @@ def _whole(line: bytes, stream: IO[bytes], raw: IO[bytes]) -> Record | Malformed
     if len(text) > MOST_LINE_BYTES:
         return Malformed("record 1", f"it has more than {MOST_LINE_BYTES:,} bytes", raw.tell())
     try:
-        return Record("record 1", 1, json.loads(text), raw.tell())
+        return Record("record", 1, _value(text), raw.tell())
     except (ValueError, RecursionError) as error:
         return Malformed("record 1", f"it is not valid JSON ({_reason(error)})", raw.tell())
+
+
+def _value(text: bytes) -> Any:
+    if len(text) < _SHORT_BYTES:
+        with suppress(orjson.JSONDecodeError):  # it is strict: NaN and lone surrogates are met in data sets
+            return orjson.loads(text)
+    return json.loads(text)
 
 
 def _of_array(stream: IO[bytes], raw: IO[bytes]) -> Iterator[Record | Malformed]:
@@ -135,7 +159,7 @@ def _of_array(stream: IO[bytes], raw: IO[bytes]) -> Iterator[Record | Malformed]
     number = 0
     try:
         for number, value in enumerate(ijson.items(stream, "item", use_float=True), start=1):
-            yield Record(f"record {number}", number, value, raw.tell())
+            yield Record("record", number, value, raw.tell())
     except (ijson.JSONError, ValueError, RecursionError) as error:
         reason = f"the array is not valid JSON from here on ({_reason(error)}); the rest was not read"
         yield Malformed(f"record {number + 1}", reason, raw.tell())

@@ -185,24 +185,24 @@ class Shards:
         """
         room = len(batch.tokens) if limit is None else min(len(batch.tokens), limit - self.tokens)
         self._files["tokens"].write(batch.tokens[:room].astype(self._token_type).data)
-        ending = [*batch.ended, *([batch.goes_on] if batch.goes_on and room < len(batch.tokens) else [])]
-        offsets, ends, names, start, reached = [], [], [], -self._begun, self._reached
-        names_bytes = self._names_bytes
-        for each in ending:
-            end = min(each.stop, room)
-            if end > start:  # else the tokenizer makes nothing of its text, or it begins behind the limit
-                names.append(each.name.encode("utf-8", errors="backslashreplace"))
-                names_bytes += len(names[-1])
-                ends.append(names_bytes)
-                offsets.append(self.tokens + end)
-                start, reached = end, each.position
+        ending = batch.ended
+        if batch.goes_on and room < len(batch.tokens):
+            ending = [*ending, (batch.goes_on, room)]
+        stops = np.minimum(np.array([stop for _, stop in ending], dtype=np.int64), room)
+        # where none, the tokenizer makes nothing of the text, or it begins behind the limit
+        kept = np.flatnonzero(np.diff(stops, prepend=-self._begun))
+        names = [ending[index][0].name.encode("utf-8", errors="backslashreplace") for index in kept]
+        name_ends = self._names_bytes + np.cumsum([len(name) for name in names], dtype=np.int64)
         self._files["names"].write(b"".join(names))
-        self._files["offsets"].write(np.array(offsets, dtype=np.int64).data)
-        self._files["name_ends"].write(np.array(ends, dtype=np.int64).data)
+        self._files["offsets"].write((self.tokens + stops[kept]).data)
+        self._files["name_ends"].write(name_ends.data)
         self._largest = max(self._largest, int(batch.tokens[:room].max(initial=0)))
-        self.documents += len(offsets)
+        self.documents += len(kept)
         self.tokens += room
-        self._names_bytes, self._begun, self._reached = names_bytes, room - start, reached
+        self._begun += room
+        if len(kept):
+            self._names_bytes, self._begun = int(name_ends[-1]), room - int(stops[-1])
+            self._reached = ending[kept[-1]][0].position
         self._malformed = malformed
         if self.tokens - self._begun - self.last.tokens >= SHARD_TOKENS:
             self._keep()
