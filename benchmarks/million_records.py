@@ -43,28 +43,40 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast.from_pretrained(Path(longlora.__file__).parent / "assets" / "demo_model")
 
 
-def tokenized(path: Path, cache: Path, shard_tokens: int = shards.SHARD_TOKENS) -> tokens.TokenizedCorpus:
+def tokenized(
+    path: Path, cache: Path, shard_tokens: int = shards.SHARD_TOKENS, by: Any = None
+) -> tokens.TokenizedCorpus:
     shards.SHARD_TOKENS = shard_tokens
-    return tokens.tokenize_corpus(tokenizer(), CorpusSettings(data=(str(path),), cache=str(cache)))
+    return tokens.tokenize_corpus(by or tokenizer(), CorpusSettings(data=(str(path),), cache=str(cache)))
 
 
-def in_turn(folder: Path, count: int) -> dict[str, float]:
-    """Records a second of the library and of the corpus."""
-    backend, seconds = tokenizer().backend_tokenizer, {"library": 0.0, "corpus": 0.0}
+def clocks() -> np.ndarray:
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def in_turn(folder: Path, count: int) -> dict[str, dict[str, float]]:
+    """Records a second, and a second of the processors, of the library and of the corpus."""
+    by = tokenizer()
+    backend, spent = by.backend_tokenizer, {"library": np.zeros(2), "corpus": np.zeros(2)}
     backend.encode_batch_fast(WORDS)  # its threads are there
     for turn in range(TURNS):
         path = folder / f"turn{turn}.jsonl"
         write_records(path, turn * count, count)
         texts = [json.loads(line)["text"] for line in path.open(encoding="utf-8")]
-        began = time.perf_counter()
+        began = clocks()
         for at in range(0, count, 1000):
             [each.ids for each in backend.encode_batch_fast(texts[at : at + 1000], add_special_tokens=False)]
-        seconds["library"] += time.perf_counter() - began
-        began = time.perf_counter()
-        assert len(tokenized(path, folder / "turns")) == count
-        seconds["corpus"] += time.perf_counter() - began
+        spent["library"] += clocks() - began
+        began = clocks()
+        assert len(tokenized(path, folder / "turns", by=by)) == count
+        spent["corpus"] += clocks() - began
         path.unlink()
-    return {name: round(TURNS * count / each, 1) for name, each in seconds.items()}
+    speeds = {name: TURNS * count / each for name, each in spent.items()}
+    shares = speeds["corpus"] / speeds["library"]
+    return {
+        kind: {name: round(each[at], 1) for name, each in speeds.items()} | {"share": round(shares[at], 3)}
+        for at, kind in enumerate(("records_a_second", "records_a_processor_second"))
+    }
 
 
 def more_memory(path: Path, cache: Path) -> tuple[int, tokens.TokenizedCorpus]:
@@ -120,8 +132,7 @@ def measured(count: int, shard_tokens: int) -> dict[str, Any]:
         write_records(path, 0, count)
         more, whole = more_memory(path, folder / "whole")
         figures = {"records": len(whole), "tokens": len(whole.tokens), "more_megabytes": round(more / 1e6, 1)}
-        figures |= {"records_a_second": speeds, "share": round(speeds["corpus"] / speeds["library"], 3)}
-        figures |= killed_at_half(path, folder / "killed", whole, shard_tokens)
+        figures |= speeds | killed_at_half(path, folder / "killed", whole, shard_tokens)
     return figures | {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "date": time.strftime("%Y-%m-%d")}
 
 

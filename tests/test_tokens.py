@@ -582,6 +582,6 @@ def test_many_records_take_little_memory_and_little_more_time_than_their_tokens(
     figures = json.loads(done.stdout)
     assert figures["records"] == int(count)
     assert figures["more_megabytes"] < 300
-    assert figures["share"] > 0.4  # 0.8 and more where nothing runs beside it
+    assert figures["records_a_processor_second"]["share"] > 0.6  # 0.9 where nothing runs beside it
     assert int(count) / 2 <= figures["killed_at_documents"] < int(count)
     assert figures["tokens_done_again"] <= 2 * figures["shard_tokens"]  # one, and the batch that made it whole
