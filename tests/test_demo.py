@@ -13,7 +13,7 @@ from longlora.settings import CorpusSettings
 
 @pytest.fixture
 def small_demo(tmp_path, monkeypatch):
-    """The demo's own recipe, with one step, two contexts and documents of its own."""
+    """The demo's own recipe for a quarter of its context, with one step and documents of its own."""
     folder = tmp_path / "documents"
     folder.mkdir()
     draw = random.Random(0)
@@ -28,11 +28,11 @@ def small_demo(tmp_path, monkeypatch):
             settings,
             corpus=CorpusSettings(data=(str(folder),)),
             training=replace(settings.training, steps=1, batch=1),
-            perplexity=replace(settings.perplexity, contexts=(512, 4096), max_documents=1),
+            perplexity=replace(settings.perplexity, contexts=(512, 1024), max_documents=1),
         )
 
     monkeypatch.setattr(demo, "recipe", small)
-    monkeypatch.setattr(demo, "CONTEXTS", (512, 4096))
+    monkeypatch.setattr(demo, "CONTEXT", 1024)
     return tmp_path / "demo"
 
 
@@ -49,8 +49,8 @@ def test_the_demo_leaves_a_run_with_every_line_of_the_table(small_demo, capsys):
     summary = json.loads((small_demo / "evaluation" / "summary.json").read_text())
     assert list(summary["evaluation"]) == ["base", "untrained-linear", "untrained-yarn", "paper", "trained"]
     for document in summary["evaluation"].values():
-        assert [result["context"] for result in document["results"]] == [512, 4096]
-        assert [result["stride"] for result in document["results"]] == [256, 2048]
+        assert [result["context"] for result in document["results"]] == [512, 1024]
+        assert [result["stride"] for result in document["results"]] == [256, 512]
     assert summary["costs"]["rows"][0]["length"] == demo.CONTEXT
     assert (small_demo / "adapter" / "adapter_model.safetensors").exists()
     assert (small_demo / "paper-recipe" / "adapter" / "adapter_model.safetensors").exists()

@@ -95,7 +95,7 @@ def planned(file: Path, folder: Path, flags: list[str]) -> PlanSettings:
 def test_the_tiny_recipe_is_the_demos():
     _, settings = cli.parse(words(next(file for file in RECIPES if file.stem == "tiny-demo")))
     ours, theirs = flat(settings), flat(demo_recipe("RUN", 0))
-    assert {name for name in theirs if ours[name] != theirs[name]} <= {"contexts", "save_every"}
+    assert {name for name in theirs if ours[name] != theirs[name]} <= {"contexts", "save_every", "dtype"}
 
 
 @pytest.mark.parametrize(("name", "engine"), [("fsdp2", "FSDP"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED")])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from longlora.bench.attention import bench_attention
+from longlora.bench.machine import quick_dtype
 from longlora.errors import UserError
 from longlora.evaluation.command import perplexity_table
 from longlora.model.loading import load_config
@@ -55,6 +56,7 @@ def recipe(output: str, seed: int) -> ExtendSettings:
             schedule="linear",
             gradient_checkpointing=False,
             save_every=1000,
+            dtype=quick_dtype(),
             seed=seed,
         ),
         perplexity=PerplexitySettings(contexts=CONTEXTS, max_documents=3, min_document_tokens=CONTEXT),

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from longlora.bench.machine import choose_device
+from longlora.bench.machine import quick_dtype
 from longlora.errors import UserError
 from longlora.evaluation import statistics
 from longlora.evaluation.command import evaluate_perplexity, perplexity_changes
@@ -235,8 +235,7 @@ def _study(settings: ReproduceSettings) -> Study:
     refuse_mistakes(settings, known)
     folder = Path(settings.output or "runs/real-model")
     base = base_settings(settings, context)
-    if choose_device("auto").type == "cpu":  # most CPUs have no arithmetic of bfloat16
-        base = replace(base, training=replace(base.training, dtype="float32"))
+    base = replace(base, training=replace(base.training, dtype=quick_dtype()))
     return Study(settings, window, base, folder, known)
 
 
