@@ -74,7 +74,7 @@ _kept: list[object] = []
 
 def die_at(step: int, rank: int = 0) -> None:
     """Has process `rank` kill itself, without warning, at the end of optimiser step `step`, before it is saved."""
-    from longlora.training.trainer import MetricsCallback
+    from longlora.training.callbacks import MetricsCallback
 
     own = MetricsCallback.on_step_end
 

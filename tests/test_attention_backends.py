@@ -32,7 +32,7 @@ from longlora.attention.transformers_backend import use_shifted_attention
 from longlora.attention.varlen_layout import varlen_layout
 from longlora.errors import UserError
 from longlora.settings import ATTENTION_BACKENDS, AttentionSettings, PatternOptions
-from longlora.training.trainer import AttentionSchedule
+from longlora.training.callbacks import AttentionSchedule
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(

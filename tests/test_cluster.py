@@ -293,7 +293,7 @@ def test_sigterm_to_the_launcher_writes_a_checkpoint(place, one, tmp_path):
 def test_two_processes_load_one_copy_between_them(place, tmp_path, tiny_tokenizer):
     """Peak of the pages of both, shared ones counted once, above what they had before; the kernel counts."""
     from longlora.cli import parse
-    from longlora.training.extension import load_for_training
+    from longlora.training.common import load_for_training
     from longlora.training.sharding import shard
 
     make = (

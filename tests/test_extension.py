@@ -458,7 +458,8 @@ def test_an_unknown_recipe_names_the_nearest(capsys):
 
 def test_memory_counts_from_the_start_of_training_and_ddp_searches_for_nothing(tmp_path):
     from longlora.settings import MemorySettings, TrainingSettings
-    from longlora.training.trainer import _trainer_arguments, forget_peak_memory, peak_memory
+    from longlora.training.callbacks import forget_peak_memory, peak_memory
+    from longlora.training.trainer import _trainer_arguments
 
     evaluated = b"x" * 300_000_000
     before = peak_memory()

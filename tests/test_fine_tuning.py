@@ -461,7 +461,7 @@ def failing(words, capsys):
         ({"context": 8}, "none of the 24 pairs"),
         ({"context": 1}, "--context is 1: it must be at least 2 tokens"),
         ({"context": 64, "method": "linear"}, "--method linear has no effect: 64 tokens fit the window"),
-        ({"group_size": 512}, "--group-size is 512: it must be at most the context"),
+        ({"group_size": 512}, "--group-size is 512: it must be at most the tokens of a row"),
         ({"held_out": 1}, "--held-out is 1: it is a share"),
         ({"held_out": 0.5, "evaluation_data": "DATA"}, "--held-out 0.5 has no effect beside --evaluation-data"),
         ({"epochs": 0}, "--epochs is 0"),

@@ -125,7 +125,7 @@ PLACES = {
     "random": ("longlora.training.checkpoints.save_file", SafetensorError("Error while serializing: os error 28")),
     "manifest": ("longlora.training.checkpoints.write_manifest", OSError(errno.ENOSPC, "No space left on device")),
     "trainer": ("transformers.TrainerState.save_to_json", OSError(errno.ENOSPC, "No space left on device")),
-    "result": ("longlora.training.extension.save_model", SafetensorError("I/O error: No space left on device")),
+    "result": ("longlora.training.common.save_model", SafetensorError("I/O error: No space left on device")),
     "report": ("longlora.training.extension.write_report", OSError(errno.EFBIG, "File too large")),
 }
 

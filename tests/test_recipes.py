@@ -15,7 +15,7 @@ from longlora.planner.memory import host_bytes
 from longlora.planner.reading import read_anatomy
 from longlora.planner.shapes import find_config
 from longlora.settings import ExtendSettings, PlanSettings, SftSettings
-from longlora.training.extension import flat
+from longlora.training.common import flat
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 PLANNED_AS = {

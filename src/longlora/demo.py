@@ -25,7 +25,9 @@ from longlora.settings import (
     TrainableSettings,
     TrainingSettings,
 )
-from longlora.training.extension import flat, load_for_training, measure, prepare_data, train_extension
+from longlora.training.common import flat, load_for_training
+from longlora.training.extension import prepare_data, train_extension
+from longlora.training.measuring import measure
 
 logger = logging.getLogger(__name__)
 

@@ -30,12 +30,13 @@ from longlora.bench.machine import now
 from longlora.errors import UserError
 from longlora.model.adapters import add_adapters_from
 from longlora.model.lm_head import unwrapped
-from longlora.model.loading import quiet
 from longlora.model.memory_saving.four_bit_base import quantise_base
 from longlora.model.memory_saving.offloaded_activations import checkpointing_arguments
 from longlora.model.memory_saving.tiled_mlp import tile_mlp
+from longlora.model.reading import quiet
 from longlora.settings import STEP_WAYS, BenchStepSettings, MemorySettings, PatternOptions
-from longlora.training.trainer import AttentionSchedule, ContextTrainer
+from longlora.training.callbacks import AttentionSchedule
+from longlora.training.trainer import ContextTrainer
 
 Rows = list[dict[str, Tensor]]
 """Each `{"input_ids": (N,), "labels": (N,)}`."""

@@ -5,22 +5,15 @@ under the *extended* config.json that lies beside the adapter, but what PEFT onl
 """
 
 import copy
-import io
 import logging
 import os
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import lru_cache
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -32,17 +25,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging as hf_logging
 
 from longlora.errors import UserError, check_choice
+from longlora.model.adapter_loading import with_adapter
 from longlora.model.adapters import merge_adapters
 from longlora.model.gguf_positions import read_positions
 from longlora.model.positions import window as window
 from longlora.model.precision import keep_trainable_in_float32
-from longlora.model.source import OLD_WEIGHTS, TRAINED_PARTS, ModelSource, base_of, first_line, locate, resolve
+from longlora.model.reading import quiet, reading
+from longlora.model.source import ModelSource, base_of, first_line, locate, resolve
 from longlora.settings import DTYPES
 
-__all__ = ["ModelSource", "load", "load_config", "load_tokenizer", "locate", "quiet", "resolve", "window"]
+__all__ = ["ModelSource", "load", "load_config", "load_tokenizer", "locate", "resolve", "window"]
 
 SHAPE_FIELDS = (
     "model_type",
@@ -156,38 +150,8 @@ def _where(source: ModelSource) -> tuple[str, dict[str, Any]]:
     return source.location, {}
 
 
-@contextmanager
-def _reading(what: str) -> Iterator[None]:
-    """Turns what the libraries below raise for a bad file, which may be any exception, into one sentence."""
-    try:
-        yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"{what} comes as Python code of its own: read that code, and if you trust it give --trust-remote-code."
-            ) from error
-        raise UserError(f"{what} cannot be read: {first_line(error)}.") from error
-
-
-@contextmanager
-def quiet(gguf: bool = False) -> Iterator[None]:
-    """Progress bars only on a terminal, for GGUF (where no setting rules them) never; no notes about old names."""
-    bars = hf_logging.is_progress_bar_enabled() and not sys.stderr.isatty()
-    if bars:
-        hf_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()) if gguf else nullcontext():
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            yield
-    finally:
-        if bars:
-            hf_logging.enable_progress_bar()
-
-
 def _config(source: ModelSource, trust_remote_code: bool) -> PreTrainedConfig:
-    with _reading(f"the config of '{source.name}'"):
+    with reading(f"the config of '{source.name}'"):
         if source.kind == "gguf":
             path = Path(source.location)
             config = copy.deepcopy(_gguf_config(path, path.stat().st_mtime_ns))
@@ -233,7 +197,7 @@ def _tokenizer(source: ModelSource, trust_remote_code: bool) -> PreTrainedTokeni
                 f"MODEL '{source.name}' has no tokenizer: put its tokenizer.json and tokenizer_config.json there."
             )
     where, options = _where(source)
-    with _reading(f"the tokenizer of '{source.name}'"), quiet(source.kind == "gguf"):
+    with reading(f"the tokenizer of '{source.name}'"), quiet(source.kind == "gguf"):
         return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
 
 
@@ -295,7 +259,7 @@ def _network(
     base = _network(below, config, dtype, trust_remote_code)
     if isinstance(base, PeftModel):
         base = _merged(base, below)
-    return _with_adapter(base, source, trainable) if adapters else base
+    return with_adapter(base, source, trainable) if adapters else base
 
 
 def _blank(
@@ -331,7 +295,7 @@ def _weights(source: ModelSource, config: PreTrainedConfig, dtype: str, trust_re
     where, options = _where(source)
     if source.kind == "gguf":
         options["quantization_config"] = GgufConfig(dequantize=True)
-    with _reading(f"the weights of '{source.name}'"), quiet(source.kind == "gguf"):
+    with reading(f"the weights of '{source.name}'"), quiet(source.kind == "gguf"):
         model, info = cast(Any, AutoModelForCausalLM).from_pretrained(
             where,
             config=config,
@@ -356,62 +320,3 @@ def _weights(source: ModelSource, config: PreTrainedConfig, dtype: str, trust_re
     if source.kind == "gguf":
         model.name_or_path = model.config.name_or_path = source.location
     return model
-
-
-def _with_adapter(base: PreTrainedModel, source: ModelSource, trainable: bool) -> PeftModel:
-    """`base` with the adapter on, as `PeftModel.from_pretrained` does, where each tensor must find its place."""
-    with _reading(f"adapter '{source.name}'"):
-        config = PeftConfig.from_pretrained(source.location)
-    config.inference_mode = not trainable
-    config.base_model_name_or_path = base.name_or_path
-    _put_in_trained_parts(base, source, trainable)
-    misfit = f"adapter '{source.name}' does not fit its base '{source.base}'"
-    try:
-        with quiet():
-            model = get_peft_model(base, config)
-            if trainable:
-                keep_trainable_in_float32(model)
-            result = model.load_adapter(
-                source.location, "default", is_trainable=trainable, torch_device=str(base.device)
-            )
-    except UnpicklingError as error:
-        raise UserError(
-            f"adapter '{source.name}' has more than tensors in its {OLD_WEIGHTS}, and a pickle can run code when read: "
-            "save it again with PEFT's save_pretrained."
-        ) from error
-    except (KeyError, RuntimeError, ValueError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        lines = str(error).splitlines()
-        detail = next((line.strip() for line in lines if "size mismatch" in line), first_line(error))
-        raise UserError(f"{misfit}: {detail.rstrip('.')}.") from error
-    if result.missing_keys or result.unexpected_keys:
-        lost = f"{len(result.unexpected_keys)} of its tensors have no place there and {len(result.missing_keys)} lack"
-        raise UserError(f"{misfit}: {lost}, such as {[*result.unexpected_keys, *result.missing_keys][0]}.")
-    return model
-
-
-def _put_in_trained_parts(base: PreTrainedModel, source: ModelSource, trainable: bool) -> None:
-    """The norms and embeddings of the original LongLoRA's adapters, which lie beside them; PEFT passes them over."""
-    file = source.file(TRAINED_PARTS)
-    if not file.is_file():
-        return
-    if trainable:
-        raise UserError(
-            f"adapter '{source.name}' keeps its norms and embeddings in {TRAINED_PARTS}, where PEFT would lose them: "
-            f"merge it first (`longlora merge {source.name} --output FOLDER`) and train the folder."
-        )
-    with _reading(f"'{file}'"):
-        trained = torch.load(file, map_location="cpu", weights_only=True)
-    own = base.state_dict()
-    for name, tensor in trained.items():
-        place = own.get(name.removeprefix("base_model.model."))
-        # a padding token that the original added for its training has a row of its own, which no text reaches
-        more = 0 if place is None else len(tensor) - len(place)
-        if place is None or place.shape[1:] != tensor.shape[1:] or more < 0 or (more and place.ndim == 1):
-            raise UserError(
-                f"'{file}' does not fit the base '{source.base}': {name} is {tuple(tensor.shape)} there and "
-                f"{'nowhere' if place is None else tuple(place.shape)} in the base."
-            )
-        place.copy_(tensor[: len(place)])
-    logger.info("%s: %d trained norms and embeddings of %s put in", source.name, len(trained), TRAINED_PARTS)

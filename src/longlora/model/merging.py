@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from longlora.errors import UserError
-from longlora.model.loading import load, load_config, quiet, window
+from longlora.model.loading import load, load_config, window
+from longlora.model.reading import quiet
 from longlora.model.source import ADAPTER_WEIGHTS, ModelSource, base_of, first_line, locate
 from longlora.model.stopping import stop_at_end_of_turn
 from longlora.settings import MergeSettings

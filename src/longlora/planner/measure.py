@@ -37,13 +37,13 @@ from longlora.errors import UserError
 from longlora.model import lm_head
 from longlora.model.adapters import add_adapters_from, parameter_groups
 from longlora.model.lm_head import causal_lm_loss, unwrapped
-from longlora.model.loading import quiet
 from longlora.model.memory_saving import offloaded_activations
 from longlora.model.memory_saving.in_the_model import save_memory_in
 from longlora.model.memory_saving.layer_tiles import tile_layers
 from longlora.model.memory_saving.liger_loss import why_not_liger
 from longlora.model.memory_saving.offloaded_activations import checkpoint_layers
 from longlora.model.memory_saving.offloaded_optimizer import OffloadedAdamW
+from longlora.model.reading import quiet
 from longlora.planner.reading import build_without_storage
 from longlora.progress import Progress
 from longlora.settings import AttentionSettings, TrainableSettings, TrainingSettings

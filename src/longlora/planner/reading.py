@@ -17,9 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from longlora.attention.transformers_backend import use_shifted_attention
 from longlora.errors import UserError
 from longlora.model.adapters import add_adapters_from, attention_projections, norm_modules, trainable_summary
-from longlora.model.loading import quiet, window
+from longlora.model.loading import window
 from longlora.model.memory_saving.layer_tiles import refuse_layer_tiles
 from longlora.model.memory_saving.tiled_mlp import decoder_layers, feedforward_modules
+from longlora.model.reading import quiet
 from longlora.model.source import first_line
 from longlora.planner.anatomy import Anatomy, LayerShape, Trainees
 from longlora.settings import TrainableSettings

@@ -16,7 +16,9 @@ from longlora.model.positions import extend_positions
 from longlora.report.recipe import defaults
 from longlora.run_directory import RunDirectory, plain
 from longlora.settings import ExtendSettings
-from longlora.training.extension import Data, flat, load_for_training, prepare_data, train_extension
+from longlora.training.common import flat, load_for_training
+from longlora.training.extension import prepare_data, train_extension
+from longlora.training.measuring import Data
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from longlora.evaluation.perplexity import perplexity
 from longlora.reproduction.cells import Cell
 from longlora.run_directory import RunDirectory
 from longlora.settings import ExtendSettings, PerplexitySettings
-from longlora.training.extension import Data
+from longlora.training.measuring import Data
 from longlora.training.trainer import document_loss
 
 DOCUMENTS = 3

@@ -25,7 +25,9 @@ from longlora.reproduction.measuring import measure_file, measured
 from longlora.reproduction.processes import in_processes
 from longlora.run_directory import RunDirectory
 from longlora.settings import ExtendSettings
-from longlora.training.extension import Data, flat, load_for_training, prepare_data
+from longlora.training.common import flat, load_for_training
+from longlora.training.extension import prepare_data
+from longlora.training.measuring import Data
 
 logger = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from longlora import ranks
 from longlora.errors import UserError
-from longlora.model.loading import quiet
 from longlora.model.memory_saving.offloaded_optimizer import OffloadedAdamW
+from longlora.model.reading import quiet
 from longlora.model.saving import save_adapter
 from longlora.run_directory import KEPT, RunDirectory
 from longlora.training import zero

@@ -10,11 +10,11 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, set_seed
 
 from longlora import ranks
 from longlora.attention.transformers_backend import use_shifted_attention
@@ -23,32 +23,34 @@ from longlora.corpus.packing import IGNORED
 from longlora.errors import UserError
 from longlora.model.adapters import add_adapters_from
 from longlora.model.lm_head import unwrapped
-from longlora.model.loading import load, load_config, window
-from longlora.model.memory_saving.in_the_model import save_memory_in
+from longlora.model.loading import load_config, window
 from longlora.model.positions import PositionExtension, extend_positions, original_context
 from longlora.model.source import ModelSource, locate
-from longlora.planner.choosing import MemoryNeed, choose_memory
 from longlora.report.page import write_report
 from longlora.run_directory import RunDirectory
 from longlora.settings import SftSettings, TrainableSettings
-from longlora.training.extension import (
+from longlora.training.common import (
     announce_trainable,
     fingerprint,
     flat,
+    load_for_training,
     may_share_rows,
     memory_facts,
     nothing_left_behind,
+    refuse_early,
+    refuse_full_attention_beyond,
     refuse_pieces,
     refuse_unknown_token,
     save_result,
+    with_memory_chosen,
     without_adapters,
 )
 from longlora.training.fine_tuning.answer_loss import answer_loss
 from longlora.training.fine_tuning.examples import Read, hold_out, read_examples
 from longlora.training.fine_tuning.packing import PackedExamples, collate, pack_examples
 from longlora.training.measuring import known_before
-from longlora.training.sharding import is_to_be_sharded, loads_weights, shard
-from longlora.training.trainer import refuse_missing_trackers, train
+from longlora.training.sharding import is_to_be_sharded, shard
+from longlora.training.trainer import train
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class Plan:
     """What is known before any weight is read."""
 
     source: ModelSource
+    config: PreTrainedConfig
     present: int
     """Window of MODEL in tokens."""
     context: int
@@ -104,7 +107,7 @@ def sft(settings: SftSettings) -> dict[str, Any]:
     run = RunDirectory(settings.output)
     with run.locked(), nothing_left_behind(run):
         run.begin("sft", flat(settings) | _base(plan.source), resume, accept)
-        model, tokenizer = _load(settings, plan.source)
+        model, tokenizer = load_for_training(settings, goes_on=plan.source.is_adapter)
         # here already, so that a model that cannot be served is refused before hours of work
         use_shifted_attention(
             model, settings.attention.tokens_per_group(plan.context), backend=settings.attention.attention_backend
@@ -180,16 +183,13 @@ def sft(settings: SftSettings) -> dict[str, Any]:
 
 def _plan(settings: SftSettings) -> Plan:
     """Mistakes that need no weights to see."""
-    training = settings.training
-    ranks.refuse_what_cannot_train(training.batch, training.device_batch, training.sequence_parallel)
-    refuse_missing_trackers(settings.training)
     loading = settings.loading
     source = locate(settings.model, loading.revision)
     config = load_config(settings.model, trust_remote_code=loading.trust_remote_code, revision=loading.revision)
     present = window(config)
     if present is None:
         raise UserError(f"the config of {settings.model} does not tell its window: set its max_position_embeddings.")
-    plan = Plan(source, present, settings.context or present)
+    plan = Plan(source, config, present, settings.context or present)
     if not plan.extends and settings.method != type(settings).method:
         raise UserError(
             f"--method {settings.method} has no effect: {plan.context:,} tokens fit the window that {settings.model} "
@@ -201,9 +201,7 @@ def _plan(settings: SftSettings) -> Plan:
             f"training as it is. Leave them out, or merge it first (`longlora merge {settings.model} --output FOLDER`) "
             "and fine-tune the folder with a fresh adapter."
         )
-    group = settings.attention.tokens_per_group(plan.context)
-    if group > plan.context:
-        raise UserError(f"--group-size is {group:,}: it must be at most the context, {plan.context:,} tokens.")
+    refuse_early(settings, plan.context)
     return plan
 
 
@@ -218,22 +216,7 @@ def _with_memory_chosen(settings: SftSettings, plan: Plan) -> SftSettings:
         adapter = PeftConfig.from_pretrained(plan.source.location)
         parts = ("lora", "norm", "embed") if getattr(adapter, "modules_to_save", None) else ("lora",)
         trainable = TrainableSettings(train=parts, rank=getattr(adapter, "r", trainable.rank))
-    loading = settings.loading
-    chosen = choose_memory(
-        MemoryNeed(
-            name=settings.model,
-            config=load_config(settings.model, trust_remote_code=loading.trust_remote_code, revision=loading.revision),
-            context=plan.context,
-            attention=settings.attention,
-            trainable=trainable,
-            training=settings.training.for_rows(settings.training.batch),
-            memory=settings.memory,
-            trust_remote_code=loading.trust_remote_code,
-            four_bit=not plan.source.is_adapter,
-        )
-    )
-    training = replace(settings.training, gradient_checkpointing=chosen.gradient_checkpointing)
-    return replace(settings, memory=chosen.memory, training=training)
+    return with_memory_chosen(settings, plan.config, plan.context, trainable, four_bit=not plan.source.is_adapter)
 
 
 def _base(source: ModelSource) -> dict[str, Any]:
@@ -241,20 +224,6 @@ def _base(source: ModelSource) -> dict[str, Any]:
     if not source.is_adapter:
         return {}
     return {"base": source.base, "base_revision": source.base_revision}
-
-
-def _load(settings: SftSettings, source: ModelSource) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    model, tokenizer = load(
-        settings.model,
-        dtype=settings.training.dtype,
-        device=None if settings.memory.base_bits or is_to_be_sharded() else "auto",
-        blank=not loads_weights(),
-        trust_remote_code=settings.loading.trust_remote_code,
-        revision=settings.loading.revision,
-        trainable=source.is_adapter,
-    )
-    save_memory_in(unwrapped(model), settings.memory)
-    return model, tokenizer
 
 
 def _prepare(settings: SftSettings, conversations: ConversationFormat, context: int, together: bool) -> Data:
@@ -305,11 +274,7 @@ def _fingerprint(examples: Sequence[Example]) -> str:
 def _look_at_steps(settings: SftSettings, rows: int, steps: int) -> None:
     """Say, or refuse, what does not fit together once the number of steps is known."""
     training = settings.training
-    if settings.attention.full_attention_steps > steps:
-        raise UserError(
-            f"--full-attention-steps is {settings.attention.full_attention_steps:,}: it must be at most the steps, "
-            f"{steps:,}."
-        )
+    refuse_full_attention_beyond(settings, steps)
     if rows < training.batch:
         logger.warning(
             "each step takes all %d rows, fewer than --batch %d: a lower one makes more", rows, training.batch
