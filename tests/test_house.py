@@ -71,7 +71,7 @@ def processor_seconds_of_children() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def test_help_answers_in_half_a_second():
+def test_help_answers_at_once():
     seconds = []
     for _ in range(5):  # the processor's seconds, and the least of five: the machine may be busy with something else
         before = processor_seconds_of_children()
@@ -79,7 +79,7 @@ def test_help_answers_in_half_a_second():
         seconds.append(processor_seconds_of_children() - before)
         assert answer.returncode == 0, answer.stderr
         assert "extend" in answer.stdout
-    assert 0 < min(seconds) < 0.5
+    assert 0 < min(seconds) < 1  # measured: 0.4, and 0.5 on a busy machine; PyTorch alone takes 3
 
 
 @pytest.mark.parametrize("statement", ["import longlora", "import longlora.cli"])
