@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from longlora.bench.attention import bench_attention
-from longlora.bench.machine import quick_dtype
 from longlora.errors import UserError
 from longlora.evaluation.command import perplexity_table
 from longlora.model.loading import load_config
 from longlora.model.positions import extend_positions
+from longlora.model.precision import quick_training_dtype
 from longlora.report.page import write_report
 from longlora.run_directory import RunDirectory
 from longlora.settings import (
@@ -58,7 +58,7 @@ def recipe(output: str, seed: int) -> ExtendSettings:
             schedule="linear",
             gradient_checkpointing=False,
             save_every=1000,
-            dtype=quick_dtype(),
+            dtype=quick_training_dtype(),
             seed=seed,
         ),
         perplexity=PerplexitySettings(contexts=CONTEXTS, max_documents=3, min_document_tokens=CONTEXT),

@@ -37,17 +37,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def quick_dtype() -> str:
-    """What the device of `auto` trains in without losing time: float32 on a CPU that has no arithmetic of bfloat16.
-
-    There bfloat16 takes several times as long (3.7 times, measured with AVX2).
-    """
-    if choose_device("auto").type == "cuda":
-        return "bfloat16"
-    has_it = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bfloat16" if has_it else "float32"
-
-
 def hardware(device: torch.device) -> str:
     """The GPU's name, or the CPU's with the number of threads that PyTorch uses."""
     if device.type == "cuda":

@@ -18,6 +18,7 @@ from longlora.chat.prompting import AnswerText, ChatPrompts
 from longlora.chat.sampling import Sampler
 from longlora.errors import UserError
 from longlora.model.loading import load, window
+from longlora.model.precision import to_quick_dtype
 from longlora.settings import AnswerSettings, ChatSettings
 
 WINDOWS_KEPT = 2
@@ -85,6 +86,8 @@ class ChatModel:
 
     def __init__(self, settings: ChatSettings) -> None:
         model, tokenizer = load(settings.model, dtype=settings.dtype, device="auto", **vars(settings.loading))
+        if settings.dtype == "auto":
+            to_quick_dtype(model)
         self.name = Path(settings.model).name if Path(settings.model).exists() else settings.model
         self.tokenizer = tokenizer
         self.window = window(model.config)

@@ -13,6 +13,7 @@ from longlora.errors import UserError
 from longlora.model.lm_head import unwrapped
 from longlora.model.loading import load, load_config, load_tokenizer
 from longlora.model.positions import extend_positions
+from longlora.model.precision import to_quick_dtype
 from longlora.settings import CorpusSettings, EvaluatedModelsSettings, RetrievalSettings
 
 
@@ -29,6 +30,8 @@ def load_evaluated(name: str, settings: EvaluatedModelsSettings) -> tuple[Any, A
         trust_remote_code=settings.loading.trust_remote_code,
         revision=settings.loading.revision,
     )
+    if settings.dtype == "auto":
+        to_quick_dtype(model)
     label = name
     if settings.extend_to:
         extension = extend_positions(model, settings.extend_to, settings.method)

@@ -18,7 +18,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from longlora.bench.machine import quick_dtype
 from longlora.errors import UserError
 from longlora.evaluation import statistics
 from longlora.evaluation.command import evaluate_perplexity, perplexity_changes
@@ -27,6 +26,7 @@ from longlora.evaluation.results import Document
 from longlora.evaluation.retrieval import accuracy_changes
 from longlora.evaluation.ruler import evaluate_ruler
 from longlora.evaluation.statistics import Estimate
+from longlora.model.precision import quick_training_dtype
 from longlora.reproduction.base import about, base_settings, refuse_mistakes, window_of
 from longlora.reproduction.cells import Cell, finished, train_cell
 from longlora.reproduction.page import write_result
@@ -235,7 +235,7 @@ def _study(settings: ReproduceSettings) -> Study:
     refuse_mistakes(settings, known)
     folder = Path(settings.output or "runs/real-model")
     base = base_settings(settings, context)
-    base = replace(base, training=replace(base.training, dtype=quick_dtype()))
+    base = replace(base, training=replace(base.training, dtype=quick_training_dtype()))
     return Study(settings, window, base, folder, known)
 
 

@@ -107,7 +107,8 @@ class ChatSettings(CommandSettings):
     """Tokens whose keys and values stay in memory, so that no document is read twice; default two windows."""
 
     dtype: Annotated[str, choice(DTYPES)] = "auto"
-    """Precision of the weights; `auto` is the checkpoint's own."""
+    """Arithmetic of the weights; `auto` is the checkpoint's own, or float32 on a CPU that has no arithmetic of it and
+    memory enough."""
 
     answer: AnswerSettings = AnswerSettings()
     sinks: SinkSettings = SinkSettings()

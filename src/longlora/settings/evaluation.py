@@ -95,7 +95,8 @@ class EvaluatedModelsSettings(CommandSettings):
     """How positions are stretched with `extend_to`."""
 
     dtype: Annotated[str, choice(DTYPES)] = "auto"
-    """Arithmetic of the weights; `auto` keeps the checkpoint's own."""
+    """Arithmetic of the weights; `auto` is the checkpoint's own, or float32 on a CPU that has no arithmetic of it and
+    memory enough."""
 
     device_map: Annotated[str, choice(DEVICE_MAPS)] = "one"
     """`one` puts the model on this process's GPU; `auto` spreads its layers over all GPUs, where one is too small."""
