@@ -459,11 +459,13 @@ def test_results_of_a_run_go_into_it_and_several_models_beside_each_other(learne
 
 
 @pytest.mark.slow
-def test_a_process_killed_for_good_leaves_whole_lines(tmp_path):
+def test_a_process_killed_for_good_leaves_whole_lines(tmp_path, capsys, caplog):
     """The command itself, killed by signal 9 while it works."""
-    command = [sys.executable, "-m", "longlora", "eval", "passkey", "demo", "--contexts", "300,512", "--trials", "4"]
-    command += ["--evaluation-batch", "1", "--output", str(tmp_path), "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = ["eval", "passkey", "demo", "--contexts", "300,512", "--trials", "4", "--evaluation-batch", "1"]
+    words += ["--output", str(tmp_path), "--json"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "longlora", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     log = tmp_path / "passkey.jsonl"
     while process.poll() is None and not (log.exists() and len(log.read_bytes().splitlines()) > 5):
         time.sleep(0.02)
@@ -471,10 +473,10 @@ def test_a_process_killed_for_good_leaves_whole_lines(tmp_path):
     process.wait()
     kept = len(log.read_bytes().splitlines()) - 2
     assert 4 <= kept < 40
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=True, timeout=300)
-    document = json.loads(done.stdout)
+    main([*words, "--resume"])
+    document = json.loads(capsys.readouterr().out)
     assert sum(result["trials"] for result in document["results"]) == len(trials(log)) == 40
-    assert re.search(r"(\d+) of 40 trials are there already", done.stderr)
+    assert re.search(r"(\d+) of 40 trials are there already", caplog.text)
 
 
 @pytest.mark.slow

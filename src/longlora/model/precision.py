@@ -1,4 +1,4 @@
-"""In which precision a model computes and what trains is kept: float32 masters in any model, one cast for q, k and v."""
+"""In which precision a model computes, and what trains is kept: float32 masters, one cast for q, k and v."""
 
 import logging
 from typing import Any, cast
