@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 import longlora
 from longlora.evaluation import generation
 from longlora.evaluation.generation import generate, generate_each, passes
+from longlora.model.positions import follow_each_length
 
 PROMPTS = [[5, 17, 3, 88, 41], [9], [60, 2, 2, 31, 7, 7, 7, 54, 19, 23, 11], [12, 13, 14, 15, 16], [96, 1, 50]]
 
@@ -46,6 +47,26 @@ def test_equal_to_transformers_and_to_whole_passes(tiny_model, architecture):
 def test_how_many_run_together_changes_nothing(tiny_model, batch):
     model = tiny_model("qwen3")
     assert generate(model, PROMPTS, 6, batch=batch) == generate(model, PROMPTS, 6)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_each_prompt_has_the_frequencies_of_its_own_length(tiny_model, kind):
+    """Whatever the model read before, and beside it: one table of the longest row so far would serve all."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
+    lists = {"short_factor": [1.0] * 8, "long_factor": [2.0 + 2 * number for number in range(8)]}
+    windows = {"max_position_embeddings": 8 if kind == "dynamic" else 32}
+    rope |= {} if kind == "dynamic" else lists
+
+    def fresh():
+        return tiny_model("llama", rope_parameters=dict(rope), **windows)
+
+    prompts = [PROMPTS[0] * times for times in (1, 2, 3, 4)]
+    expected = [by_transformers(fresh(), prompt, 6) for prompt in prompts]
+    model = fresh()
+    follow_each_length(model)
+    for order in (1, -1):
+        assert generate(model, prompts[::order], 6, batch=4)[::order] == expected
+    assert [generate(model, [prompt], 6)[0] for prompt in prompts[::-1]] == expected[::-1]
 
 
 def test_it_runs_on_the_cache_with_one_token_a_step_and_logits_of_the_last_token(tiny_model):
@@ -161,3 +182,4 @@ def test_passes_hold_each_prompt_once_by_length_within_bounds(lengths, batch):
     for rows in found:
         width = max(lengths[index] for index in rows)
         assert len(rows) == 1 or (len(rows) <= batch if batch else len(rows) * width <= 8192)
+    assert all(len({lengths[index] for index in rows}) == 1 for rows in passes(lengths, batch, apart=True))

@@ -121,6 +121,28 @@ def test_a_routers_loss_is_the_same_however_a_step_is_divided(rows_together: int
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows_together", [1, 4])
+def test_a_loss_of_the_logits_is_of_each_scored_token(rows_together: int) -> None:
+    """Bamba's z-loss: (log of the sum of exp)² beside the cross entropy; by hand from all logits."""
+    mamba = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 4, "mamba_expand": 2, "attn_layer_indices": [1]}
+    config = AutoConfig.for_model("bamba", **SIZES, **mamba, z_loss_coefficient=0.5)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    inputs = make_inputs(rows=4)
+    wanted = inputs["labels"][:, 1:]
+    scored = wanted != -100
+    logits = model(input_ids=inputs["input_ids"]).logits[:, :-1].double().log_softmax(-1)
+    sums = model(input_ids=inputs["input_ids"]).logits[:, :-1].double().exp().sum(-1).log()
+    losses = 0.5 * sums**2 - logits.gather(-1, wanted.clamp(min=0)[..., None])[..., 0]
+    expected = losses[scored].mean()
+    micro_batches = [
+        {name: value[first : first + rows_together] for name, value in inputs.items()}
+        for first in range(0, 4, rows_together)
+    ]
+    loss = sum(causal_lm_loss(model, part, num_items=int(scored.sum())) for part in micro_batches)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+
+
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     loss.backward()

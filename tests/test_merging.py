@@ -96,6 +96,44 @@ def test_stock_transformers_gets_the_same_model(stock: Any, name: str) -> None:
     assert result["dtype"] == "float32"
 
 
+@pytest.mark.parametrize(
+    ("lora", "saved", "stays_tied"),
+    [(["embed_tokens"], None, False), (["lm_head"], None, False), (["q_proj"], ["lm_head"], False),
+     (["q_proj"], ["embed_tokens"], False), (["q_proj"], None, True)],
+)  # fmt: skip
+def test_an_adapter_that_unties_a_tied_model(
+    lora: list[str], saved: list[str] | None, stays_tied: bool, tiny_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Other people's adapters change one of the two; folded into the shared weight, it would change the other too."""
+    base = save_base(tmp_path / "base", tiny_model("llama", vocab_size=257, tie_word_embeddings=True), tokenizer)
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(target_modules=lora, modules_to_save=saved, init_lora_weights=False),
+    )
+    for name, parameter in adapted.named_parameters():
+        if ".modules_to_save." in name:
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "adapter")).eval()
+    assert merge(str(tmp_path / "adapter"), tmp_path / "merged")["tied"] == stays_tied
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(stock), rtol=0, atol=1e-4)
+    assert merged.config.tie_word_embeddings == stays_tied  # which others than transformers go by
+
+
+@pytest.mark.parametrize("more", [{"lora_bias": True}, {"alora_invocation_tokens": [5]}])
+def test_an_adapter_that_cannot_be_folded_in(
+    more: dict[str, Any], tiny_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    base = save_base(tmp_path / "base", tiny_model("llama", vocab_size=257), tokenizer)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **more)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(UserError, match="cannot be merged"):
+        merge(str(tmp_path / "adapter"), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_what_merge_returns_is_so(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", tiny_model("llama", vocab_size=257, tie_word_embeddings=True), tokenizer)
     make_run(tmp_path / "run", base, tokenizer)
@@ -283,4 +321,8 @@ def test_keep_lora_needs_lora(tiny_model: Any, tokenizer: Any, tmp_path: Path) -
     for run in ("norms", "full"):
         with pytest.raises(UserError, match=r"--keep-lora: '.*' trained no LoRA that could be kept"):
             merge(str(tmp_path / run), tmp_path / "folder", keep_lora=True)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=[5, 6])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(str(tmp_path / "tokens"))
+    with pytest.raises(UserError, match=r"more than LoRA of linear layers \(.*trainable_tokens_delta\)"):
+        merge(str(tmp_path / "tokens"), tmp_path / "folder", keep_lora=True)
     assert not (tmp_path / "folder").exists()

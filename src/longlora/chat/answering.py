@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from longlora.chat.attention_sinks import SinkWindow
-from longlora.chat.prefix_cache import PrefixCaches, ReadTokens, forget_lengths, frequencies_change_at
+from longlora.chat.prefix_cache import PrefixCaches, ReadTokens
 from longlora.chat.sampling import Sampler
 from longlora.model.lm_head import mixed_precision, unwrapped
+from longlora.model.positions import follow_each_length, frequencies_change_at
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Answerer:
         takes = inspect.signature(self._model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._changes_at = frequencies_change_at(model)
+        follow_each_length(model)
         self._reads = "in pieces" if sinks is not None else self._tried()
         self._piece = PIECE_TOKENS if sinks is None else max(1, min(PIECE_TOKENS, sinks.recent // 2))
 
@@ -81,8 +83,6 @@ class Answerer:
         # keys of frequencies that change with the length belong together only where they were read in one go
         changes = self._changes_at is not None and len(prompt) > self._changes_at
         at_once = changes or self._reads != "in pieces"
-        if changes:
-            forget_lengths(self._model)
         read = self.caches.fresh() if at_once else self.caches.take(prompt)
         piece = len(prompt) if at_once else self._piece
         whole = True

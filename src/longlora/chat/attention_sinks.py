@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from longlora.chat.prefix_cache import ReadTokens, frequencies_change_at
+from longlora.chat.prefix_cache import ReadTokens
 from longlora.errors import UserError
 from longlora.model.lm_head import unwrapped
+from longlora.model.positions import frequencies_change_at
 
 ROTATIONS_OF_A_KEY = 8
 """Tokens leave `recent / ROTATIONS_OF_A_KEY` at a time."""

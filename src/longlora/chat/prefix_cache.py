@@ -111,31 +111,6 @@ class PrefixCaches:
         return DynamicCache() if kinds <= _ATTENTION else DynamicCache(config=self._config)
 
 
-def frequencies_change_at(model: nn.Module) -> int | None:
-    """The length in tokens above which the model's rotary frequencies are others than below it (longrope, dynamic NTK).
-
-    Keys read below it and above it, or with dynamic NTK at two lengths above it, do not belong together. None where
-    the frequencies are the same at all lengths.
-    """
-    changes = []
-    for rotary in _rotaries(model):
-        kinds = rotary.rope_type if isinstance(rotary.rope_type, dict) else {None: rotary.rope_type}
-        for layers, kind in kinds.items():
-            rope = rotary.config.rope_parameters if layers is None else rotary.config.rope_parameters[layers]
-            if kind == "dynamic":
-                changes.append(int(rotary.original_max_seq_len))
-            elif kind == "longrope" and rope["short_factor"] != rope["long_factor"]:
-                changes.append(int(rope["original_max_position_embeddings"]))
-    return min(changes, default=None)
-
-
-def forget_lengths(model: nn.Module) -> None:
-    """Dynamic NTK keeps the frequencies of the longest text so far: let the next one have those of its own length."""
-    for rotary in _rotaries(model):
-        for name in [each for each in vars(rotary) if each.endswith("max_seq_len_cached")]:
-            setattr(rotary, name, rotary.original_max_seq_len)
-
-
 def common_prefix(one: list[int], other: list[int]) -> int:
     """Tokens at the beginning in which two lists agree.
 
@@ -146,7 +121,3 @@ def common_prefix(one: list[int], other: list[int]) -> int:
         if left != right:
             return at
     return min(len(one), len(other))
-
-
-def _rotaries(model: nn.Module) -> list[Any]:
-    return [module for module in unwrapped(model).modules() if hasattr(module, "rope_type")]

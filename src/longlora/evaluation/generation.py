@@ -23,6 +23,7 @@ from longlora import ranks
 from longlora.evaluation.cost import CPU_TOKENS, announce, tokens_a_pass
 from longlora.evaluation.perplexity import evaluating
 from longlora.model.lm_head import unwrapped
+from longlora.model.positions import frequencies_change_at
 from longlora.progress import Progress
 
 Prompt = Sequence[int] | np.ndarray
@@ -79,9 +80,11 @@ def generate_each(
     """
     if max_new_tokens < 1 or not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt needs at least one token, and its answer room for at least one")
+    changes_at = frequencies_change_at(model)
     total, done, answered = sum(len(prompt) for prompt in prompts), 0, 0
     lengths = [len(prompt) for prompt in prompts]
     most = tokens_a_pass(model, max(lengths) + max_new_tokens, cached=True) if lengths and not batch else 0
+    apart = changes_at is not None and max(lengths, default=0) + max_new_tokens > changes_at
     if progress:
         with evaluating(model):
             announce(progress, model, lengths, max_new_tokens)
@@ -90,15 +93,16 @@ def generate_each(
         return _run(model, [prompts[index] for index in indices], max_new_tokens, stop_tokens, stop)
 
     with Progress(progress, "tokens", total) if progress and ranks.rank() == 0 else nullcontext() as bar:
-        for indices, found in ranks.shared_out(list(passes(lengths, batch, most)), run):
+        for indices, found in ranks.shared_out(list(passes(lengths, batch, most, apart)), run):
             yield from zip(indices, found, strict=True)
             done, answered = done + sum(lengths[index] for index in indices), answered + len(indices)
             if bar is not None:
                 bar.show(done, f"{answered:,} of {len(prompts):,} prompts")
 
 
-def passes(lengths: Sequence[int], batch: int = 0, most: int = CPU_TOKENS) -> Iterator[list[int]]:
-    """Which prompts run together: indices by rising length, `batch` at a time or `most` tokens with the padding.
+def passes(lengths: Sequence[int], batch: int = 0, most: int = CPU_TOKENS, apart: bool = False) -> Iterator[list[int]]:
+    """Which prompts run together: indices by rising length, `batch` at a time or `most` tokens with the padding;
+    `apart` keeps different lengths apart, for frequencies that follow the longest row.
 
     >>> list(passes([4000, 9000, 4096, 70]))
     [[3, 0], [2], [1]]
@@ -106,7 +110,7 @@ def passes(lengths: Sequence[int], batch: int = 0, most: int = CPU_TOKENS) -> It
     rows: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         full = len(rows) == batch if batch else (len(rows) + 1) * lengths[index] > most
-        if rows and full:
+        if rows and (full or (apart and lengths[index] != lengths[rows[0]])):
             yield rows
             rows = []
         rows.append(index)

@@ -28,6 +28,7 @@ from longlora.evaluation.loading import load_evaluated
 from longlora.evaluation.perplexity import evaluating
 from longlora.evaluation.prompting import PromptFormat
 from longlora.model.lm_head import unwrapped
+from longlora.model.positions import frequencies_change_at
 from longlora.model.source import first_line
 from longlora.settings import RetrievalSettings
 
@@ -54,6 +55,9 @@ class LoadedModel(HFLM):
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, window: int, batch: int = 0, bos: bool | None = None) -> None:
+        changes_at = frequencies_change_at(model)
+        if changes_at is not None and changes_at < window:
+            batch = 1  # padded together, all rows would have the longest one's frequencies
         super().__init__(
             pretrained=unwrapped(model),
             tokenizer=tokenizer,

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any, cast
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES, EMBEDDING_LAYER_NAMES
 from torch import nn
@@ -276,6 +277,36 @@ def merge_adapters(model: PeftModel) -> PreTrainedModel:
     """The plain model with the adapters folded in, in the dtype of the base.
 
     PEFT adds the float32 update to the weight in one step, so the sum is rounded once; retrained norms and
-    embeddings take the place of the originals, and a tied head stays tied.
+    embeddings take the place of the originals. A tied head stays tied where both end the same; LoRA on one of the two
+    leaves the other as it was.
+
+    Raises:
+        UserError: the adapter is of a kind that cannot be folded in.
     """
-    return cast(Any, model).merge_and_unload()
+    base = cast(PreTrainedModel, model.get_base_model())
+    inner = [
+        getattr(module, "base_layer", module) for module in (base.get_input_embeddings(), base.get_output_embeddings())
+    ]
+    adapted = inner != [base.get_input_embeddings(), base.get_output_embeddings()]
+    if adapted and inner[1] is not None and inner[0].weight is inner[1].weight:
+        inner[1].weight = nn.Parameter(inner[0].weight.detach().clone(), inner[0].weight.requires_grad)
+    try:
+        plain = cast(Any, model).merge_and_unload()
+    except (RuntimeError, NotImplementedError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(f"the adapter cannot be merged ({error}): use it as it is.") from error
+    settle_tying(plain)
+    return plain
+
+
+def settle_tying(plain: PreTrainedModel) -> None:
+    """Let `plain` be tied where its embedding and head are the same, and its config say no where they are not."""
+    embedding, head = plain.get_input_embeddings(), plain.get_output_embeddings()
+    if head is None or head.weight is embedding.weight or not plain.config.tie_word_embeddings:
+        return
+    if torch.equal(head.weight, embedding.weight):
+        head.weight = embedding.weight
+        return
+    for config in (plain.config, plain.config.get_text_config()):
+        config.tie_word_embeddings = False

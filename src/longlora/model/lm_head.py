@@ -74,7 +74,7 @@ def final_hidden_states(model: nn.Module, **inputs: Any) -> tuple[Tensor, Tensor
     return hidden, outputs.logits
 
 
-def token_losses(model: nn.Module, hidden: Tensor, labels: Tensor, chunk: int = 1024) -> Tensor:
+def token_losses(model: nn.Module, hidden: Tensor, labels: Tensor, chunk: int = 1024, *, z_loss: float = 0.0) -> Tensor:
     """Negative log-likelihood of each label in nats, `(B, N)`; 0 where the label is -100, which the LM head never sees.
 
     At most `chunk` tokens' logits exist at one time, in the backward pass too: it computes them anew. The softmax is in
@@ -85,12 +85,20 @@ def token_losses(model: nn.Module, hidden: Tensor, labels: Tensor, chunk: int = 
         hidden: what enters the LM head, `(B, N, E)`.
         labels: `(B, N)`; position i of `hidden` is scored against `labels[:, i]`, so the caller has shifted them.
         chunk: tokens whose logits exist at one time.
+        z_loss: what (log Σ exp logits)² of each scored token is added with.
     """
     base = unwrapped(model)
-    return losses_in_chunks(lambda hidden: _logits(base, hidden), hidden, labels, chunk)
+    return losses_in_chunks(lambda hidden: _logits(base, hidden), hidden, labels, chunk, z_loss)
 
 
-def losses_in_chunks(to_logits: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, chunk: int) -> Tensor:
+def z_loss_of(model: nn.Module) -> float:
+    """The share of its logits' own loss that `model` trains with (Bamba), 0 where it has none."""
+    return float(getattr(unwrapped(model), "z_loss_coefficient", 0.0))
+
+
+def losses_in_chunks(
+    to_logits: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, chunk: int, z_loss: float = 0.0
+) -> Tensor:
     """`token_losses` under the logits that `to_logits` makes of `chunk` tokens of `hidden` at a time."""
 
     def score(hidden: Tensor, labels: Tensor, count: int) -> Tensor:
@@ -98,6 +106,8 @@ def losses_in_chunks(to_logits: Callable[[Tensor], Tensor], hidden: Tensor, labe
         logits = to_logits(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = functional.cross_entropy(logits, wanted.to(logits.device), reduction="none")
+        if z_loss:
+            losses = losses + z_loss * logits.logsumexp(-1) ** 2
         if count == len(labels):
             return losses
         return losses.new_zeros(labels.shape).masked_scatter((labels != IGNORED).to(losses.device), losses)
@@ -168,7 +178,8 @@ def causal_lm_loss(
     """Next-token loss, a scalar: the sum over scored tokens / `num_items`; equal to `model(**inputs).loss`.
 
     A router's loss (`output_router_logits`) is taken of each row, where transformers takes it of a batch, and weighted
-    by the row's share of `num_items`: so a step's loss is the same however its rows are divided over micro-batches.
+    by the row's share of `num_items`: so a step's loss is the same however its rows are divided over micro-batches. A
+    loss of the logits (`z_loss_coefficient`) is taken of the scored tokens, where transformers takes it of all.
 
     Args:
         model: a causal language model of transformers, possibly wrapped (PEFT, DDP, FSDP).
@@ -197,7 +208,7 @@ def causal_lm_loss(
 
     def summed(hidden: Tensor) -> Tensor:
         if kernel == "chunked":
-            return token_losses(model, hidden, labels, chunk).sum()
+            return token_losses(model, hidden, labels, chunk, z_loss=z_loss_of(model)).sum()
         base, many = unwrapped(model), 32 * chunk  # Liger cuts them once more
         losses = [liger_loss(base, *_scored_of(*part), chunk) for part in scored_parts(hidden, labels, many)]
         return torch.stack(losses).sum()

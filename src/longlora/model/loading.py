@@ -30,6 +30,7 @@ from longlora.errors import UserError, check_choice
 from longlora.model.adapter_loading import with_adapter
 from longlora.model.adapters import merge_adapters
 from longlora.model.gguf_positions import read_positions
+from longlora.model.positions import follow_each_length
 from longlora.model.positions import window as window
 from longlora.model.precision import keep_trainable_in_float32
 from longlora.model.reading import quiet, reading
@@ -98,6 +99,7 @@ def load(
     else:
         network = _network(source, config, dtype, trust_remote_code, adapters=adapters, trainable=trainable)
     _refuse_tokens_without_a_row(network, len(tokenizer), source)
+    follow_each_length(network)
     if merge and isinstance(network, PeftModel):
         network = _merged(network, source)
     if not trainable:

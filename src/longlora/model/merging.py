@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from longlora.errors import UserError
+from longlora.model.adapters import settle_tying
 from longlora.model.loading import load, load_config, window
 from longlora.model.reading import quiet
 from longlora.model.source import ADAPTER_WEIGHTS, ModelSource, base_of, first_line, locate
@@ -131,7 +132,7 @@ def _lora_apart(model: Any, name: str) -> tuple[PreTrainedModel, LoraConfig, dic
     if not lora:
         raise UserError(f"--keep-lora: '{name}' trained no LoRA that could be kept: leave it out.")
     config: LoraConfig = copy.deepcopy(model.peft_config["default"])
-    others = [key for key in weights if ".lora_" in key and key not in lora]
+    others = [key for key in weights if (".lora_" in key or "trainable_tokens" in key) and key not in lora]
     if others or config.bias != "none":
         raise UserError(
             f"--keep-lora: the adapter of '{name}' is more than LoRA of linear layers ({(others or ['bias'])[0]}), "
@@ -140,7 +141,9 @@ def _lora_apart(model: Any, name: str) -> tuple[PreTrainedModel, LoraConfig, dic
     config.modules_to_save, config.ensure_weight_tying, config.inference_mode = None, False, True
     # PiSSA and its like take their start out of the base when they are loaded, and it is out of this base already
     config.init_lora_weights = True
-    return model.unload(), config, lora
+    plain = model.unload()
+    settle_tying(plain)
+    return plain, config, lora
 
 
 def _write_lora(folder: Path, output: Path, config: LoraConfig, lora: dict[str, Tensor]) -> None:

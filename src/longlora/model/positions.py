@@ -136,6 +136,7 @@ def extend_positions(
         _rebuild(module, config)
     if model is not None:
         _rescale_latent_attention(model, config)
+        follow_each_length(model)
 
     factor = context / original
     message = f"window {previous} -> {context} tokens with {method}, {factor:g} times the original {original}."
@@ -268,3 +269,46 @@ def window(config: PreTrainedConfig) -> int | None:
         return present_context(config)
     except UserError:
         return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def frequencies_change_at(model: nn.Module) -> int | None:
+    """The length in tokens above which the model's rotary frequencies are others than below it (longrope, dynamic NTK).
+
+    Keys read below it and above it, or with dynamic NTK at two lengths above it, do not belong together, nor do rows of
+    such lengths belong in one pass. None where the frequencies are the same at all lengths.
+    """
+    changes = []
+    for rotary in _changing(model, "dynamic", "longrope"):
+        for rope in _ropes(rotary):
+            if rope["rope_type"] == "dynamic":
+                changes.append(int(rotary.original_max_seq_len))
+            elif rope["rope_type"] == "longrope" and rope["short_factor"] != rope["long_factor"]:
+                changes.append(int(rope["original_max_position_embeddings"]))
+    return min(changes, default=None)
+
+
+def follow_each_length(model: nn.Module) -> None:
+    """Give every pass the frequencies of its own length: dynamic NTK keeps those of the longest row so far, so that
+    what a model makes of a text would depend on what it read before."""
+    for rotary in _changing(model, "dynamic"):
+        if _forget_lengths not in rotary._forward_pre_hooks.values():
+            rotary.register_forward_pre_hook(_forget_lengths)
+
+
+def _forget_lengths(rotary: Any, _: Any) -> None:
+    buffers = dict(rotary.named_buffers(recurse=False))
+    for name in [name for name in buffers if name.endswith("original_inv_freq")]:
+        layers = name.removesuffix("original_inv_freq")
+        setattr(rotary, f"{layers}inv_freq", buffers[name].clone())
+        setattr(rotary, f"{layers}max_seq_len_cached", rotary.original_max_seq_len)
+
+
+def _changing(model: nn.Module, *kinds: str) -> list[Any]:
+    """The rotary embeddings with positions of one of these `kinds`."""
+    rotaries = [module for module in model.modules() if hasattr(module, "rope_type")]
+    return [rotary for rotary in rotaries if any(rope.get("rope_type") in kinds for rope in _ropes(rotary))]
+
+
+def _ropes(rotary: Any) -> list[RopeParameters]:
+    rope = rotary.config.rope_parameters
+    return [rope[layers] for layers in rotary.rope_type] if isinstance(rotary.rope_type, dict) else [rope]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from longlora.errors import UserError
-from longlora.model.lm_head import IGNORED, losses_in_chunks, prove_logits, token_losses, unwrapped
+from longlora.model.lm_head import IGNORED, losses_in_chunks, prove_logits, token_losses, unwrapped, z_loss_of
 
 
 class ChunkedLoss:
@@ -49,12 +49,13 @@ class ChunkedLoss:
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The summed loss of `labels (B, N)`, not shifted, over `num_items_in_batch` or the tokens scored here."""
         labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        z_loss = z_loss_of(self.base)
         if self.waiting is None:
-            losses = losses_in_chunks(lambda logits: logits, outputs["logits"], labels, self.chunk)
+            losses = losses_in_chunks(lambda logits: logits, outputs["logits"], labels, self.chunk, z_loss)
         else:
             (hidden, autocast), self.waiting = self.waiting, None
             with autocast:  # as the model's own head would run
                 prove_logits(self.base, hidden, outputs["logits"])
-                losses = token_losses(self.base, hidden, labels, self.chunk)
+                losses = token_losses(self.base, hidden, labels, self.chunk, z_loss=z_loss)
         items = (labels != IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return losses.sum() / torch.as_tensor(items, device=losses.device)

@@ -57,6 +57,8 @@ def why_not_liger(model: PreTrainedModel) -> str | None:
     scaled = [name for name in ("logit_scale", "logits_scaling") if getattr(config, name, None) not in (None, 1.0)]
     if scaled:
         return f"{type(model).__name__} scales its logits ({scaled[0]})"
+    if getattr(model, "z_loss_coefficient", 0.0):
+        return f"{type(model).__name__} has a loss of its logits besides (z_loss_coefficient)"
     return None
 
 
