@@ -283,13 +283,11 @@ def merge_adapters(model: PeftModel) -> PreTrainedModel:
     Raises:
         UserError: the adapter is of a kind that cannot be folded in.
     """
-    base = cast(PreTrainedModel, model.get_base_model())
-    inner = [
-        getattr(module, "base_layer", module) for module in (base.get_input_embeddings(), base.get_output_embeddings())
-    ]
-    adapted = inner != [base.get_input_embeddings(), base.get_output_embeddings()]
-    if adapted and inner[1] is not None and inner[0].weight is inner[1].weight:
-        inner[1].weight = nn.Parameter(inner[0].weight.detach().clone(), inner[0].weight.requires_grad)
+    base = cast(Any, model.get_base_model())
+    both = [base.get_input_embeddings(), base.get_output_embeddings()]
+    embedding, head = (getattr(module, "base_layer", module) for module in both)
+    if [embedding, head] != both and head is not None and head.weight is embedding.weight:
+        head.weight = nn.Parameter(embedding.weight.detach().clone(), embedding.weight.requires_grad)
     try:
         plain = cast(Any, model).merge_and_unload()
     except (RuntimeError, NotImplementedError) as error:
@@ -302,7 +300,7 @@ def merge_adapters(model: PeftModel) -> PreTrainedModel:
 
 def settle_tying(plain: PreTrainedModel) -> None:
     """Let `plain` be tied where its embedding and head are the same, and its config say no where they are not."""
-    embedding, head = plain.get_input_embeddings(), plain.get_output_embeddings()
+    embedding, head = cast(Any, plain.get_input_embeddings()), cast(Any, plain.get_output_embeddings())
     if head is None or head.weight is embedding.weight or not plain.config.tie_word_embeddings:
         return
     if torch.equal(head.weight, embedding.weight):
