@@ -235,6 +235,13 @@ HARMONY = (
     "{% else %}<|start|>{{m.role}}<|message|>{{m.content}}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
+# in the manner of DeepSeek-V3.1: one word opens an answer that reasons, another one that does not
+SWITCHED = (
+    "{% if thinking is not defined %}{% set thinking = false %}{% endif %}"
+    "{% for m in messages %}{% if m.role=='user' %}<|im_start|>{{m.content}}{% else %}<|im_end|></think>"
+    "{{m.content.split('</think>')[-1]}}<|endoftext|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_end|>{{ '<think>' if thinking else '</think>' }}{% endif %}"
+)
 REASONED = "<think>\nTwo and two.\n</think>\n\nFour."
 
 
@@ -256,8 +263,10 @@ def test_a_template_that_reads_content_in_parts_gets_parts():
          "Four.<|im_end|>"),
         (R1, REASONED, "<|im_start|>2+2?<|im_end|><think>\n", "Two and two.\n</think>\n\nFour.<|endoftext|>"),
         (R1, "Four.", "<|im_start|>2+2?<|im_end|><think>\n", "\n</think>\n\nFour.<|endoftext|>"),
+        (SWITCHED, REASONED, "<|im_start|>2+2?<|im_end|><think>", "Two and two.\n</think>\n\nFour.<|endoftext|>"),
+        (SWITCHED, "Four.", "<|im_start|>2+2?<|im_end|></think>", "Four.<|endoftext|>"),
     ],
-    ids=["hybrid with reasoning", "hybrid without", "R1 with reasoning", "R1 without"],
+    ids=["hybrid with reasoning", "hybrid without", "R1 with reasoning", "R1 without", "V3.1 with", "V3.1 without"],
 )  # fmt: skip
 def test_thinking_is_as_the_data_has_it(template, answer, prompt, learned):
     tokenizer = tokenizers.chatml()
@@ -267,6 +276,16 @@ def test_thinking_is_as_the_data_has_it(template, answer, prompt, learned):
     ((start, stop),) = example.answers
     assert tokenizer.decode(example.tokens[:start]) == prompt
     assert tokenizer.decode(example.tokens[start:stop]) == learned
+
+
+def test_what_a_template_passes_over_is_no_answer(caplog):
+    """Calls of tools would leave an empty answer to be learned; reasoning is left out, and that is said."""
+    conversations = ConversationFormat(tokenizers.chatml())
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+    with pytest.raises(UserError, match=r"writes no tool calls \('add'"):
+        conversations.example([TWO[0], {"role": "assistant", "content": "", "tool_calls": [call]}])
+    conversations.example([TWO[0], {"role": "assistant", "content": "Four.", "reasoning_content": "Two and two."}])
+    assert "no place for an answer's reasoning" in caplog.text
 
 
 def test_harmony_channels():

@@ -183,7 +183,7 @@ def test_stop_tokens_are_every_end_there_is(tokenizer, tiny_model):
     model.generation_config.eos_token_id = [7, 8]
     assert PromptFormat(tokenizer).stop_tokens() == {0}
     assert PromptFormat(tokenizer).stop_tokens(model) == {0, 7, 8}
-    for template in (CHATML, REFUSES_SYSTEM):
+    for template in (CHATML, REFUSES_SYSTEM, PARTS):
         tokenizer.chat_template = template
         assert PromptFormat(tokenizer).stop_tokens() == {0, end}
     tokenizer.chat_template = IGNORES_SYSTEM  # a turn ends with a line break there, which is no mark

@@ -24,6 +24,9 @@ WALL_CLOCK = 6
 MEGABYTES, MEGABYTES_A_MEGABYTE, MOST_MEGABYTES = 120, 40, 2000
 """Memory for a file, for each 10^6 of its bytes, and for any file at all, in 10^6 bytes."""
 
+STARTING = 90
+"""Seconds more by the clock for the first file of a format, whose parsers the process has yet to import."""
+
 KEPT = 2
 """Processes that wait for the next file."""
 
@@ -91,11 +94,15 @@ class _Process:
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
         self._in, self._out = self._process.stdin, self._process.stdout
+        self._knows: set[str] = set()
 
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
         """The reply; None where the process does not live to give one."""
         assert self._in
         assert self._out
+        if request["format"] not in self._knows:
+            seconds += STARTING
+            self._knows.add(request["format"])
         clock = threading.Timer(seconds, self._process.kill)
         clock.start()
         reply = None

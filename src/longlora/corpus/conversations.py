@@ -93,6 +93,7 @@ class ConversationFormat:
             )
         self.tokenizer, self._instead = tokenizer, instead
         self.name = "inst" if prompt_format == "inst" or not tokenizer.chat_template else "template"
+        self._said_lost = False
         self.template: str | None = None
         """The Jinja template where it is not the tokenizer's own."""
         if self.name == "inst":
@@ -166,6 +167,7 @@ class ConversationFormat:
                 whole = after = self._continued(before, after, turn, place)
             answer = after[len(before) :].rstrip()
             if after.startswith(before) and whole.startswith(after) and visible in _squeezed(answer) and answer:
+                self._check_written(turn, answer, place)
                 borders += [len(before), len(before) + len(answer)]
             elif last:
                 raise self._untold(place)
@@ -177,6 +179,20 @@ class ConversationFormat:
             places[-1] += 1
         answers = tuple(zip(places[::2], places[1::2], strict=True))
         return Example(np.array(tokens, dtype=np.int32), answers, where), rewritten
+
+    def _check_written(self, turn: dict[str, Any], answer: str, place: str) -> None:
+        """Refuse an answer whose calls the template passes over, and say so of reasoning that it passes over."""
+        calls = [call.get("function") or call for call in turn.get("tool_calls") or () if isinstance(call, dict)]
+        names = [str(call.get("name", "")) for call in calls]
+        if lost := [name for name in names if name not in answer]:
+            raise UserError(
+                f"{place}the tokenizer's chat template writes no tool calls ('{lost[0]}' is not in what it makes of "
+                "the answer): give a model whose template does, or leave such conversations out."
+            )
+        reasoning = next((str(turn[name]) for name in REASONING if turn.get(name)), "")
+        if _squeezed(self._marked(reasoning)) not in _squeezed(answer) and not self._said_lost:
+            self._said_lost = True
+            logger.warning("%sthe chat template has no place for an answer's reasoning: it is left out", place)
 
     def _continued(self, before: str, after: str, turn: dict[str, Any], place: str) -> str:
         """The prompt in use, and the answer after it, where the template writes answers that are past without their
@@ -237,7 +253,7 @@ class ConversationFormat:
         written = [{name: self._marked(value) for name, value in turn.items()} for turn in turns]
         if self._in_parts:
             for turn in written:
-                turn["content"] = [{"type": "text", "text": turn["content"]}]
+                turn["content"] = [{"type": "text", "text": turn["content"]}] if turn["content"] else []
         for turn in turns if self._plain_marker else ():
             if turn["role"] != "assistant" and self._plain_marker in str(turn["content"]):
                 raise UserError(
@@ -245,7 +261,7 @@ class ConversationFormat:
                     "says that the assistant speaks, and which is no token of its own: take it out, or give a model "
                     "whose chat template marks turns with special tokens."
                 )
-        return self._rendered(written, place, enable_thinking=thinking, **options)
+        return self._rendered(written, place, enable_thinking=thinking, thinking=thinking, **options)
 
     def _opened(self, turns: Turns, opening: str) -> str:
         """A prompt that ends with the first words of the answer."""

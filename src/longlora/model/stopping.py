@@ -7,15 +7,19 @@ def ends_of_turn(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The added token that the chat template writes after what the assistant said, if it does."""
     if not tokenizer.chat_template:
         return set()
-    said = "the answer"
-    turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": said}]
-    try:
-        written = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # a template is a program of its own; one that takes no second turn ends none
-        return set()
-    _, there, after = written.rpartition(said)
-    end = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"][:1] if there else []
-    return set(end) & set(tokenizer.added_tokens_decoder)
+    said = {"user": "a question", "assistant": "the answer"}
+    plain = [{"role": role, "content": words} for role, words in said.items()]
+    in_parts = [{"role": role, "content": [{"type": "text", "text": words}]} for role, words in said.items()]
+    for turns in (plain, in_parts):
+        try:
+            written = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        except Exception:  # a template is a program of its own; one that takes no second turn ends none
+            continue
+        _, there, after = written.rpartition(said["assistant"])
+        if there:
+            end = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"][:1]
+            return set(end) & set(tokenizer.added_tokens_decoder)
+    return set()
 
 
 def stop_at_end_of_turn(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
