@@ -1,5 +1,7 @@
 """Where an answer ends, for whoever generates with the model: stock generate, vLLM and TGI read generation_config."""
 
+from typing import Any
+
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
@@ -8,8 +10,8 @@ def ends_of_turn(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     if not tokenizer.chat_template:
         return set()
     said = {"user": "a question", "assistant": "the answer"}
-    plain = [{"role": role, "content": words} for role, words in said.items()]
-    in_parts = [{"role": role, "content": [{"type": "text", "text": words}]} for role, words in said.items()]
+    plain: list[Any] = [{"role": role, "content": words} for role, words in said.items()]
+    in_parts: list[Any] = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in plain]
     for turns in (plain, in_parts):
         try:
             written = str(tokenizer.apply_chat_template(turns, tokenize=False))
