@@ -6,6 +6,9 @@ from attention_oracle import attention_reference
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from longlora.attention import block_attention
+from longlora.attention.kernels import FlashKernel
+from longlora.attention.layout import plan
 from longlora.attention.shifted import shifted_attention
 from longlora.errors import UserError
 from longlora.settings import PATTERNS as ALL_PATTERNS
@@ -175,3 +178,14 @@ def test_what_does_not_fit_is_refused_with_a_sentence(change, sentence):
     with pytest.raises(UserError) as caught:
         shifted_attention(**arguments)
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("pattern", ["shift", "full"])
+def test_heads_that_share_keys_leave_no_thread_of_a_cpu_idle(pattern, monkeypatch):
+    """PyTorch's backward pass on a CPU gives each thread a KV head of a block."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    plans = plan((((0, 4096),),), 4096, 8, 2, 512, pattern)
+    calls = list(block_attention._calls(plans, FlashKernel(1.0), torch.device("cpu"), 0, None))
+    units = [call.part.count * (call.key_heads.stop - call.key_heads.start) for call in calls]
+    assert min(units) >= 2
+    assert (len(calls) == 1) == (pattern == "full")  # whose one result needs no place to be copied to

@@ -113,7 +113,10 @@ def _taken(x: Tensor, tokens: range, part: Part, offset: int) -> Tensor:
 
 
 def calls_take(device: torch.device, kernel: Kernel) -> tuple[int, int | None]:
-    """Queries of a head that a call of `kernel` takes at least, and the threads that take a head each."""
+    """Queries of a head that a call of `kernel` takes at least; on a CPU also its threads.
+
+    Of those each takes a KV head of a block (PyTorch's flash attention, whose forward pass alone takes a query head).
+    """
     if device.type == "cpu":
         return 512, torch.get_num_threads()
     return 1 if isinstance(kernel, WrittenKernel) else 16384, None
@@ -127,6 +130,8 @@ def _calls(
     What a kernel returns is copied to its place, and stands beside it until then.
     """
     at_least, threads = calls_take(device, kernel)
+    if len(plans) == 1 and [part.count for row in plans[0].rows for part in row.parts] == [1]:
+        threads = None  # one call, whose results are the results
     for each in plans:
         heads = each.heads
         repeats = (heads.query_stop - heads.query_start) // (heads.key_stop - heads.key_start)
@@ -134,12 +139,12 @@ def _calls(
             for part in row.parts:
                 is_earlier = halo is not None and part.keys.start < start
                 first, moved = halo if halo is not None and is_earlier else (start, 0)
-                size = max(1, at_least // len(part.queries))
+                together = heads.key_stop - heads.key_start
+                size = max(1, at_least // len(part.queries), -(-(threads or 1) // together))
                 rows = 1 if part.count > 1 else row.row_stop - row.row_start  # equal blocks of one row are a batch
                 blocks = min(size, part.count) * rows
-                together = heads.key_stop - heads.key_start
                 if threads:
-                    together = min(together, -(-threads // (blocks * repeats)))
+                    together = min(together, -(-threads // blocks))
                 for number in range(0, part.count, size):
                     some = part.some(number, min(size, part.count - number))
                     for top in range(row.row_start, row.row_stop, rows):
@@ -158,10 +163,14 @@ def _calls(
 
 
 class _Sum:
-    """What calls add up to in a tensor like `like`; a single call that fills it is it."""
+    """What calls add up to in a tensor like `like`; a single call that fills it is it.
+
+    Args:
+        several: calls may share a place.
+    """
 
     def __init__(self, like: Tensor, several: bool):
-        self.like = like
+        self.like, self.several = like, several
         self.total: Tensor | None = None
         self.dtype = sum_type(like.dtype) if several else like.dtype
 
@@ -173,7 +182,8 @@ class _Sum:
             rows, heads, length, width = self.like.shape
             self.total = self.like.new_zeros(rows, length, heads, width, dtype=self.dtype).transpose(1, 2)
         target = place(self.total)
-        target.add_(call.placed(blocks, target))
+        placed = call.placed(blocks, target)
+        target.add_(placed) if self.several else target.copy_(placed)
 
     def result(self) -> Tensor:
         return torch.zeros_like(self.like) if self.total is None else self.total.to(self.like.dtype)
@@ -236,7 +246,8 @@ class _BlockAttention(torch.autograd.Function):
         of_query, of_key, of_earlier = _several(ctx.plans, ctx.place[0])
         kinds = (of_query, of_key, of_key, of_earlier, of_earlier)
         sums = [_Sum(x, several) for x, several in zip(inputs, kinds, strict=False)]
-        for number, call in enumerate(_calls(ctx.plans, ctx.kernel, output.device, *ctx.place)):
+
+        def add(call: _Call, seed: int) -> None:
             which = slice(3, 5) if call.is_earlier else slice(1, 3)
             of_lse = call.queries(lse).squeeze(-1)
             if call.part.weight != 1:
@@ -248,11 +259,14 @@ class _BlockAttention(torch.autograd.Function):
                 call.queries(output),
                 of_lse,
                 call.part.sees != "all",
-                ctx.seed + number,
+                seed,
             )
             sums[0].add(call.place_of_queries, dq, call)
             for total, part in zip(sums[which], pair, strict=True):
                 total.add(call.place_of_keys, part, call)
+
+        for number, call in enumerate(_calls(ctx.plans, ctx.kernel, output.device, *ctx.place)):
+            add(call, ctx.seed + number)  # in a function, so that nothing of one call lives in the next
         of_sinks = None
         if sinks is not None:
             share = (sinks.to(lse.dtype).view(1, -1, 1) - lse.squeeze(-1)).exp_()

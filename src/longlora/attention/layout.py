@@ -276,9 +276,12 @@ def _inside(part: Part, start: int, stop: int) -> Iterator[Part]:
 
 
 def _together(parts: Iterable[Part], start: int) -> Iterator[Part]:
-    """Causal parts first, and neighbouring parts that differ by a hop alone, on one side of `start`, as one."""
+    """Causal parts first, by length, and neighbours that differ by a hop alone, on one side of `start`, as one.
+
+    So are the two half groups at the ends of a shifted row.
+    """
     present: Part | None = None
-    for part in sorted(parts, key=lambda part: part.sees != "causal"):
+    for part in sorted(parts, key=lambda part: (part.sees != "causal", part.sees == "causal" and len(part.queries))):
         if present is not None:
             hop = present.hop or part.queries.start - present.queries.start
             by = hop * present.count

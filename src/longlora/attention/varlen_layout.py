@@ -61,7 +61,7 @@ def varlen_layout(plan: HeadSetPlan, length: int, device: torch.device, start: i
                 sequences[part.queries.start].insert(-1, part.keys)
                 repeat = True
         for row in range(rows.row_start, rows.row_stop):
-            for tokens in sequences.values():
+            for _, tokens in sorted(sequences.items()):
                 places = [torch.arange(each.start, each.stop, each.step) + row * length - start for each in tokens]
                 queries.append(places[-1])
                 keys.append(torch.cat(places))
