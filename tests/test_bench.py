@@ -11,7 +11,7 @@ from longlora import cli
 from longlora.attention.layout import plan
 from longlora.attention.shifted import shifted_attention
 from longlora.bench import attention as bench
-from longlora.bench import machine
+from longlora.bench import correctness, machine
 from longlora.bench.attention import bench_attention
 from longlora.bench.correctness import TOLERANCE, find_wrong
 from longlora.bench.machine import peak_bytes
@@ -107,7 +107,7 @@ def nothing_cut(mask):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_pattern_that_sees_the_wrong_tokens_is_refused(monkeypatch, capsys, change, dtype):
     mask = right_mask(4, 48, 12)
-    monkeypatch.setattr(bench, "shifted_attention", lambda q, k, v, *_, **__: dense_attention(q, k, v, mask))
+    monkeypatch.setattr(correctness, "shifted_attention", lambda q, k, v, *_, **__: dense_attention(q, k, v, mask))
     assert bench_attention(settings(dtype=dtype))["results"][0]["correct"] is True
     change(mask)
     monkeypatch.setattr(bench.Variant, "seconds", lambda self: pytest.fail("a wrong result was timed"))
@@ -141,13 +141,13 @@ class HalvedValueGradient(torch.autograd.Function):
     ],
 )
 def test_wrong_numbers_are_refused(monkeypatch, wrong, sentence):
-    monkeypatch.setattr(bench, "shifted_attention", lambda q, k, v, group, **_: wrong(q, k, v, group))
+    monkeypatch.setattr(correctness, "shifted_attention", lambda q, k, v, group, **_: wrong(q, k, v, group))
     with pytest.raises(UserError, match=sentence):
         bench_attention(settings(key_heads=2, dtype="float32"))
 
 
 def test_the_command_line_prints_no_speed_for_a_wrong_result(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "shifted_attention", lambda q, k, v, *_, **__: shifted_attention(q, k, v, 11))
+    monkeypatch.setattr(correctness, "shifted_attention", lambda q, k, v, *_, **__: shifted_attention(q, k, v, 11))
     with pytest.raises(SystemExit) as caught:
         cli.main("bench attention --length 48 --group 12 --heads 4 --head-dim 8 --device cpu --json".split())
     said = capsys.readouterr()
@@ -173,7 +173,7 @@ def test_the_three_take_turns_round_by_round(monkeypatch):
         return shifted_attention(q, k, v, *arguments, **options)
 
     monkeypatch.setattr(bench, "scaled_dot_product_attention", record_dense)
-    monkeypatch.setattr(bench, "shifted_attention", record_pattern)
+    monkeypatch.setattr(correctness, "shifted_attention", record_pattern)
     bench_attention(settings(repeats=3))
     check, warm_up_and_rounds = calls[:1], calls[1:]
     assert check == ["s2"]
@@ -213,7 +213,7 @@ def test_shift_layers_is_the_mean_of_its_two_kinds_of_layer(monkeypatch):
         layers.append(layer)
         return shifted_attention(q, k, v, *arguments, layer=layer, **options)
 
-    monkeypatch.setattr(bench, "shifted_attention", record)
+    monkeypatch.setattr(correctness, "shifted_attention", record)
     bench_attention(settings(pattern="shift-layers", repeats=2))
     assert layers == [0, 1] * 4  # the check, the warm-up, two rounds
     ticks = iter(range(100))
@@ -269,7 +269,7 @@ def test_another_backend_that_is_wrong_gets_no_speed(monkeypatch, pattern):
         output = shifted_attention(q, k, v, group, backend=backend, **chosen)
         return output * 2 if backend == "eager" and chosen["pattern"] == pattern else output
 
-    monkeypatch.setattr(bench, "shifted_attention", wrong)
+    monkeypatch.setattr(correctness, "shifted_attention", wrong)
     monkeypatch.setattr(bench.Variant, "seconds", lambda self: pytest.fail("a wrong result was timed"))
     with pytest.raises(UserError, match=f"--pattern {pattern} is computed wrongly by backend 'eager'"):
         bench_attention(settings(backends=("eager",), dtype="float32"))
@@ -336,7 +336,7 @@ def test_the_estimate_covers_what_is_held_and_is_not_far_above(changes, key_head
 
     def everything():
         variants = bench._variants(given, key_heads, 4096, given.group, CPU)
-        bench._refuse_wrong(variants["s2"], given, 4096, given.group)
+        variants["s2"].refuse_wrong(given.pattern, given.group)
         for variant in variants.values():
             variant.run()
 

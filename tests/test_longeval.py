@@ -21,8 +21,7 @@ from longlora.evaluation.longeval import (
     names_first_topic,
 )
 from longlora.evaluation.longeval_cases import (
-    TOPICS_BEGIN,
-    TOPICS_END,
+    WORDS,
     Case,
     conversation,
     lines_prompt,
@@ -96,7 +95,10 @@ def test_the_first_topics_case_is_what_we_write(tmp_path):
     assert case in made
     for other in made:
         chosen = (other.expected, *other.others)
-        assert other.prompt == TOPICS_BEGIN.format(number=2) + "".join(map(conversations.get, chosen)) + TOPICS_END
+        assert (
+            other.prompt
+            == WORDS["topics_begin"].format(number=2) + "".join(map(conversations.get, chosen)) + WORDS["topics_end"]
+        )
 
 
 def test_the_first_lines_case_is_what_we_write(tmp_path):

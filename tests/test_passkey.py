@@ -16,7 +16,7 @@ from tiny_runs import make_run, save_base
 
 from longlora.cli import main
 from longlora.errors import UserError
-from longlora.evaluation import passkey, passkey_prompts, retrieval
+from longlora.evaluation import loading, passkey, passkey_prompts, retrieval
 from longlora.evaluation.passkey import evaluate_passkey, grid_task, heat_maps, original_task
 from longlora.evaluation.passkey_prompts import draw_keys, filled, original_prompt, prompt
 from longlora.evaluation.prompting import PromptFormat
@@ -241,7 +241,7 @@ def learned(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
     """A saved byte-level model of window 640, and how to have it know the keys that a rule picks."""
     tokenizer = tiny_tokenizer()
     folder = save_base(tmp_path / "base", tiny_model("llama", vocab_size=257, max_position_embeddings=640), tokenizer)
-    load = retrieval.load_evaluated
+    load = loading.load_evaluated
 
     def knowing(asked, rule):
         form = PromptFormat(tokenizer)
@@ -253,7 +253,7 @@ def learned(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
             teach(model, [(q.tokens.tolist(), tokenizer(f" {q.expected}.").input_ids) for q in known])
             return model, own, label
 
-        monkeypatch.setattr(retrieval, "load_evaluated", loaded)
+        monkeypatch.setattr(loading, "load_evaluated", loaded)
 
     return str(folder), knowing
 
@@ -283,7 +283,7 @@ def test_accuracy_by_context_and_depth(learned, capsys):
         "window": 640,
         "max_new_tokens": 6,
     }
-    rows = {line.split()[0]: re.findall(r"(\d+) ", line)[-2:] for line in capsys.readouterr().out.splitlines()[2:6]}
+    rows = {line.split()[0]: re.findall(r"\d+", line)[-2:] for line in capsys.readouterr().out.splitlines()[2:6]}
     assert rows == {"0%": ["25", "0"], "50%": ["25", "0"], "100%": ["100", "100"], "all": ["50", "33"]}
 
 

@@ -253,7 +253,7 @@ def test_nothing_is_begun_after_the_minutes(tmp_path):
     ("wrong", "items", "error", "said"),
     [
         ("1 is a mistake", 3, UserError, "^--steps is 0.$"),
-        ("0 is killed", 1, UserError, "the process of 0 was killed .exit status -9."),
+        ("0 is killed", 1, UserError, "the process of 0 was killed: where memory ran out"),
         ("0 is odd", 1, RuntimeError, "OddError.*\\n.*process_work.py"),
     ],
 )

@@ -41,6 +41,24 @@ def bytes_tokenizer(tiny_tokenizer: Callable[[], Any]) -> Any:
     return tiny_tokenizer()
 
 
+class Task(RulerTask):
+    """With what lm-eval does with its samples, one at a time."""
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        return list(self.eval_docs)
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.config.generation_kwargs["max_gen_toks"]
+
+    def prompt_text(self, sample: dict[str, Any]) -> str:
+        return str(self.fewshot_context(sample, num_fewshot=0, gen_prefix=self.doc_to_prefix(sample)))
+
+    def score(self, sample: dict[str, Any], answer: str) -> float:
+        return float(self.process_results(sample, [answer])[str(self.context)])
+
+
 # ---------------------------------------------------------------------------------------------------- lm-eval's own
 
 
@@ -48,7 +66,7 @@ def bytes_tokenizer(tiny_tokenizer: Callable[[], Any]) -> Any:
 @pytest.mark.parametrize("name", ["niah_multikey_3", "ruler_vt", "ruler_cwe"])
 def test_samples_are_lm_evals(name: str, demo_tokenizer: Any) -> None:
     """As lm-eval's evaluator makes them: its seeds, its tokenizer, its prompts."""
-    ours = RulerTask(name, demo_tokenizer, 1024, trials=4, seed=0)
+    ours = Task(name, demo_tokenizer, 1024, trials=4, seed=0)
 
     sys.modules.pop("lm_eval.tasks.ruler.cwe_utils", None)  # as in a new process
     before = random.getstate(), np.random.get_state()
@@ -71,7 +89,7 @@ def test_samples_are_lm_evals(name: str, demo_tokenizer: Any) -> None:
 
 
 def test_scores_by_hand(demo_tokenizer: Any) -> None:
-    task = RulerTask("ruler_vt", demo_tokenizer, 1024, trials=1, seed=0)
+    task = Task("ruler_vt", demo_tokenizer, 1024, trials=1, seed=0)
     sample = {**task.samples[0], "outputs": ["ABCDE", "FGHIJ", "KLMNO", "PQRST"]}
     assert task.score(sample, " abcde, then KLMNO.") == 0.5
     assert task.score(sample, "ABCD FGHIJ") == 0.25
@@ -81,7 +99,7 @@ def test_scores_by_hand(demo_tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("name", OFFLINE)
 def test_samples_have_the_size_and_the_answer(name: str, demo_tokenizer: Any) -> None:
-    task = RulerTask(name, demo_tokenizer, 1536, trials=3, seed=1)
+    task = Task(name, demo_tokenizer, 1536, trials=3, seed=1)
     assert len(task.samples) == 3
     texts = [task.prompt_text(sample) for sample in task.samples]
     assert len(set(texts)) == 3
@@ -92,9 +110,9 @@ def test_samples_have_the_size_and_the_answer(name: str, demo_tokenizer: Any) ->
         # fwe fills the context with the prompt alone, and cwe keeps room for an example that lm-eval then leaves out
         assert asked <= 1536 - (0 if name == "ruler_fwe" else task.max_new_tokens)
         assert asked >= 1536 / 3
-    again = RulerTask(name, demo_tokenizer, 1536, trials=2, seed=1)
+    again = Task(name, demo_tokenizer, 1536, trials=2, seed=1)
     assert [again.prompt_text(sample) for sample in again.samples] == texts[:2]
-    other = RulerTask(name, demo_tokenizer, 1536, trials=1, seed=2)
+    other = Task(name, demo_tokenizer, 1536, trials=1, seed=2)
     assert other.prompt_text(other.samples[0]) not in texts
 
 
@@ -102,7 +120,7 @@ def test_generators_and_lm_eval_are_left_as_they_were(demo_tokenizer: Any) -> No
     from lm_eval.tasks.ruler import vt_utils
 
     states = random.getstate(), np.random.get_state()[1].tolist()
-    RulerTask("ruler_vt", demo_tokenizer, 1024, trials=1, seed=3)
+    Task("ruler_vt", demo_tokenizer, 1024, trials=1, seed=3)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states
     replaced = (vt_utils.get_tokenizer, vt_utils.sys_vartrack_w_noise_random, vt_utils.generate_input_output)
     assert {function.__module__.split(".")[0] for function in replaced} == {"lm_eval"}
@@ -123,7 +141,7 @@ def test_generators_and_lm_eval_are_left_as_they_were(demo_tokenizer: Any) -> No
 def test_a_task_that_does_not_fit_says_so(name: str, context: int, bytes_tokenizer: Any) -> None:
     """lm-eval itself would search for ever."""
     with pytest.raises(NoSampleError, match=f"its smallest sample does not fit into {context} tokens"):
-        RulerTask(name, bytes_tokenizer, context, trials=2, seed=0)
+        Task(name, bytes_tokenizer, context, trials=2, seed=0)
 
 
 def test_which_tasks_run_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +274,7 @@ def test_a_model_answers_as_transformers_generates(places: Path, bytes_tokenizer
     evaluate_ruler(settings(places, contexts=(600,), tasks=("niah_single_1",), output=str(output)))
     (record,) = [json.loads(line) for line in (output / "ruler.jsonl").read_text().splitlines()[1:]]
     model, _ = load(str(places / "base"))
-    task = RulerTask("niah_single_1", bytes_tokenizer, 600, 2, 0)
+    task = Task("niah_single_1", bytes_tokenizer, 600, 2, 0)
     for sample, found in zip(task.samples, record["answers"], strict=True):
         ids = bytes_tokenizer(task.prompt_text(sample), return_tensors="pt")["input_ids"]
         out = model.generate(ids, max_new_tokens=128, do_sample=False, attention_mask=torch.ones_like(ids))

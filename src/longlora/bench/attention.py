@@ -19,8 +19,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from longlora.attention.backends import check_backend, choose_backend, why_not
 from longlora.attention.kernels import Scoring
 from longlora.attention.layout import Documents, plan, query_key_pairs
-from longlora.attention.shifted import shifted_attention
-from longlora.bench.correctness import MOST_POSITIONS, Attention, find_wrong
+from longlora.bench.correctness import MOST_POSITIONS, Attention, attentions, refuse_wrong
 from longlora.bench.machine import choose_device, free_bytes, hardware, now, peak_bytes
 from longlora.bench.tables import attention_table
 from longlora.errors import UserError
@@ -52,6 +51,10 @@ class Variant:
 
     def backward(self, output: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(output, self.inputs, self.gradient)
+
+    def refuse_wrong(self, pattern: str, group_size: int, backend: str = "") -> None:
+        """Raises UserError unless this is the pattern's attention."""
+        refuse_wrong(self.layers, self.inputs, self.gradient, pattern, group_size, backend)
 
     def run(self) -> None:
         for attention in self.layers:
@@ -149,7 +152,10 @@ def _measure(
     automatic = choose_backend("auto", query, value, (), Scoring())
     others = [name for name in backends if name != automatic]
     for name in others:
-        variants |= _variants_of(name, variants["s2"], settings, group_size)
+        variants |= {
+            f"{way} {name}": replace(variants["s2"], layers=attentions(pattern, group_size, name))
+            for way, pattern in (("full", "full"), ("s2", settings.pattern))
+        }
     share = None
     if settings.pattern == "scatter":
         # blocks that read other blocks have no dense twin: their bound is full attention's time for as many pairs
@@ -164,10 +170,10 @@ def _measure(
     rounds: list[dict[str, tuple[float, float]]] = []
     with Progress(f"attention at {length:,} tokens", "rounds", settings.repeats + 2) as progress:
         try:
-            _refuse_wrong(variants["s2"], settings, length, group_size)
+            for name in ("", *others):
+                variants[f"s2 {name}".rstrip()].refuse_wrong(settings.pattern, group_size, name)
             for name in others:
-                _refuse_wrong(variants[f"s2 {name}"], settings, length, group_size, name)
-                _refuse_wrong(variants[f"full {name}"], replace(settings, pattern="full"), length, group_size, name)
+                variants[f"full {name}"].refuse_wrong("full", group_size, name)
             progress.show(1, "output and gradients are right")
             for name, variant in variants.items():
                 memory[name] = peak_bytes(variant.run, device)
@@ -231,19 +237,6 @@ def _measure(
     }
 
 
-def _refuse_wrong(
-    variant: Variant, settings: BenchAttentionSettings, length: int, group_size: int, backend: str = ""
-) -> None:
-    for layer, attention in enumerate(variant.layers):
-        wrong = find_wrong(attention, variant.inputs, variant.gradient, settings.pattern, group_size, layer)
-        if wrong:
-            by = f" by backend '{backend}'" if backend else ""
-            raise UserError(
-                f"--pattern {settings.pattern} is computed wrongly{by} at {length:,} tokens in groups of "
-                f"{group_size:,} and {settings.dtype}: {wrong}. No speed is given for a wrong result; please report it."
-            )
-
-
 def _variants(
     settings: BenchAttentionSettings, key_heads: int, length: int, group_size: int, device: torch.device
 ) -> dict[str, Variant]:
@@ -276,24 +269,9 @@ def _variants(
     groups = leaves(*(grouped(x) for x in (query, key, value)))
     return {
         "full": Variant(inputs, gradient.transpose(1, 2), [dense]),
-        "s2": Variant(inputs, gradient.transpose(1, 2), _layers(settings.pattern, group_size, "auto")),
+        "s2": Variant(inputs, gradient.transpose(1, 2), attentions(settings.pattern, group_size)),
         "bound": Variant(groups, grouped(gradient).transpose(1, 2), [dense]),
     }
-
-
-def _variants_of(backend: str, like: Variant, settings: BenchAttentionSettings, group_size: int) -> dict[str, Variant]:
-    """Full attention and the pattern by `backend`, on the numbers of `like`."""
-    return {
-        f"{name} {backend}": Variant(like.inputs, like.gradient, _layers(pattern, group_size, backend))
-        for name, pattern in (("full", "full"), ("s2", settings.pattern))
-    }
-
-
-def _layers(pattern: str, group_size: int, backend: str) -> list[Attention]:
-    def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return shifted_attention(q, k, v, group_size, pattern=pattern, layer=layer, backend=backend)
-
-    return [partial(attention, layer) for layer in ((0, 1) if pattern == "shift-layers" else (0,))]
 
 
 def _refuse_too_large(

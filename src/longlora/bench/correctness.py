@@ -7,11 +7,14 @@ against the paper's definitions; every kernel, layout and gradient is checked ag
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from longlora.attention.patterns import Cut, head_sets, partition
+from longlora.attention.shifted import shifted_attention
+from longlora.errors import UserError
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Query (B, H, N, D), key and value (B, Hkv, N, D) -> (B, H, N, D)."""
@@ -23,6 +26,28 @@ Measured on eight shapes up to 8,192 tokens: at most 1.7e-6, 2.8e-2 and 2.1e-3. 
 """
 
 MOST_POSITIONS = 25
+
+
+def attentions(pattern: str, group_size: int, backend: str = "auto") -> list[Attention]:
+    """The pattern's attention for each kind of layer that it has; only `shift-layers` has two."""
+
+    def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return shifted_attention(q, k, v, group_size, pattern=pattern, layer=layer, backend=backend)
+
+    return [partial(attention, layer) for layer in ((0, 1) if pattern == "shift-layers" else (0,))]
+
+
+def refuse_wrong(
+    layers: Sequence[Attention], inputs: Sequence[Tensor], gradient: Tensor, pattern: str, group_size: int, by: str = ""
+) -> None:
+    """Raises UserError unless the pattern is right in each of `layers`, output and gradients; see `find_wrong`."""
+    for layer, attention in enumerate(layers):
+        if wrong := find_wrong(attention, inputs, gradient, pattern, group_size, layer):
+            dtype, backend = str(gradient.dtype).removeprefix("torch."), f" by backend '{by}'" if by else ""
+            raise UserError(
+                f"--pattern {pattern} is computed wrongly{backend} at {inputs[0].shape[1]:,} tokens in groups of "
+                f"{group_size:,} and {dtype}: {wrong}. No speed is given for a wrong result; please report it."
+            )
 
 
 def find_wrong(

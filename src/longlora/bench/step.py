@@ -8,7 +8,6 @@ and the pattern's attention must be right at the length that is timed. No speed 
 
 import tempfile
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -16,8 +15,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers import __version__ as transformers_version
 
-from longlora.attention.shifted import shifted_attention
-from longlora.bench.correctness import find_wrong
+from longlora.bench.correctness import attentions, refuse_wrong
 from longlora.bench.machine import choose_device, free_bytes, hardware, peak_bytes
 from longlora.bench.tables import step_table
 from longlora.bench.trainers import Rows, Taken, Way, make_ways, random_rows
@@ -213,7 +211,7 @@ def _refuse_wrong_attention(
     anatomy: Anatomy, settings: BenchStepSettings, context: int, group_size: int, device: torch.device
 ) -> None:
     """Raises UserError unless the pattern is right on a row of the model's heads, output and gradients."""
-    pattern, backend = settings.attention.pattern, settings.attention.attention_backend
+    pattern = settings.attention.pattern
     generator = torch.Generator(device).manual_seed(settings.seed)
     sizes = (
         (anatomy.heads, anatomy.head_width),
@@ -225,14 +223,8 @@ def _refuse_wrong_attention(
     *inputs, gradient = (
         torch.randn(1, context, heads, width, dtype=dtype, device=device, generator=generator) for heads, width in sizes
     )
-    leaves = [x.requires_grad_() for x in inputs]
-    for layer in (0, 1) if pattern == "shift-layers" else (0,):
-        attention = partial(shifted_attention, group_size=group_size, pattern=pattern, backend=backend, layer=layer)
-        if wrong := find_wrong(attention, leaves, gradient.transpose(1, 2), pattern, group_size, layer):
-            raise UserError(
-                f"--pattern {pattern} is computed wrongly at {context:,} tokens in groups of {group_size:,} and "
-                f"{settings.dtype}: {wrong}. No speed is given for a wrong result; please report it."
-            )
+    layers = attentions(pattern, group_size, settings.attention.attention_backend)
+    refuse_wrong(layers, [x.requires_grad_() for x in inputs], gradient.transpose(1, 2), pattern, group_size)
 
 
 def _refuse_unlike(

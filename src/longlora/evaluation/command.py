@@ -13,21 +13,18 @@ from longlora.evaluation.loading import data_name, held_out, load_evaluated, str
 from longlora.evaluation.perplexity import default_contexts, perplexity, perplexity_report
 from longlora.evaluation.results import (
     Document,
-    Evaluated,
-    change_lines,
     data_fingerprint,
     evaluate_each,
     evaluated_models,
     keep,
-    say_where_results_go,
-    weights_fingerprint,
+    trials_kept,
 )
 from longlora.evaluation.statistics import Estimate
-from longlora.evaluation.trials import TrialLog
 from longlora.model.lm_head import unwrapped
 from longlora.model.loading import load_config
 from longlora.model.positions import extend_positions
 from longlora.settings import EvaluatePerplexitySettings
+from longlora.tables import aligned
 
 logger = logging.getLogger(__name__)
 
@@ -44,32 +41,21 @@ def evaluate_perplexity(settings: EvaluatePerplexitySettings) -> Document:
     Raises:
         UserError: a model, document or context that does not fit, or results that cannot be kept.
     """
-    settings = _with_contexts(settings)
-
-    def evaluate(model: Evaluated, file: Path | None) -> Document:
-        return _evaluate(model.name, file, model.settings(settings))
-
-    def table(documents: Sequence[Document]) -> str:
-        changes = change_lines(documents, perplexity_changes, "%") if settings.baseline else []
-        return "\n".join([perplexity_table(documents), *changes])
-
-    return evaluate_each("perplexity", settings, evaluate, table)
+    return evaluate_each("perplexity", _with_contexts(settings), _evaluate, perplexity_table, perplexity_changes, "%")
 
 
 def perplexity_table(documents: Sequence[Document]) -> str:
     """Perplexities and their 95% intervals for people: two lines a model, a column a context."""
     contexts = sorted({result["context"] for document in documents for result in document["results"]})
-    names = [document.get("label") or document["model"] for document in documents]
-    width = max(len("perplexity at"), *(len(name) for name in names))
-    lines = [f"{'perplexity at':<{width}}" + "".join(f"{context:>14,}" for context in contexts)]
-    for name, document in zip(names, documents, strict=True):
+    grid = [["perplexity at", *(f"{context:,}" for context in contexts)]]
+    for document in documents:
         found = {result["context"]: result for result in document["results"]}
         rows = [found.get(context) for context in contexts]
-        values = (f"{row['perplexity']:>14.2f}" if row else f"{'–':>14}" for row in rows)
-        lines.append(f"{name:<{width}}" + "".join(values))
+        values = (f"{row['perplexity']:.2f}" if row else "–" for row in rows)
+        grid.append([document.get("label") or document["model"], *values])
         if any(row and row.get("low") is not None for row in rows):
-            lines.append(f"{'  95% interval':<{width}}" + "".join(f"{_interval(row):>14}" for row in rows))
-    results = documents[0]["results"]
+            grid.append(["  95% interval", *map(_interval, rows)])
+    lines, results = [aligned(grid)], documents[0]["results"]
     stride = documents[0]["stride"] or "/".join(f"{r['stride']:,}" for r in results)
     tokens, counts, skipped = (_range(r[key] for r in results) for key in ("tokens", "documents", "skipped_documents"))
     lines.append(
@@ -128,7 +114,7 @@ def _range(numbers: Iterable[int]) -> str:
     return " to ".join(f"{number:,}" for number in dict.fromkeys((found[0], found[-1])))
 
 
-def _evaluate(name: str, file: Path | None, settings: EvaluatePerplexitySettings) -> Document:
+def _evaluate(name: str, settings: EvaluatePerplexitySettings, file: Path | None) -> Document:
     """The results document of one model, which goes beside its log `file`."""
     model, tokenizer, label = load_evaluated(name, settings)
     corpus = tokenize_corpus(tokenizer, settings.corpus, held_out=held_out(settings.corpus))
@@ -144,10 +130,8 @@ def _evaluate(name: str, file: Path | None, settings: EvaluatePerplexitySettings
         "max_documents": way.max_documents,
         "min_document_tokens": way.min_document_tokens,
     }
-    weights = weights_fingerprint(name, settings.loading.revision)
     logger.info("perplexity of %s", label)
-    with TrialLog.opened(file, {**about, "stride": way.stride, "weights": weights}, settings.resume) as log:
-        say_where_results_go(file, "part", len(log.records))
+    with trials_kept(file, settings, about, "part", only_in_the_log={"stride": way.stride}) as log:
         results = perplexity(model, corpus, way, log=log, bos=first[0] if first else None)
         document = {
             **about,

@@ -18,17 +18,15 @@ every language model can show, whatever it was trained on. A passage's first tok
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
 from longlora.errors import UserError
-from longlora.evaluation.perplexity import evaluating
+from longlora.evaluation.perplexity import evaluating, losses_from
 from longlora.evaluation.windows import windows
-from longlora.model.lm_head import IGNORED, run_token_losses
 
 CUE = 16
 """Tokens of a repeated passage that tell the model which passage it is."""
@@ -62,10 +60,6 @@ class DistancePerplexity:
     tokens: int
     """Tokens scored."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by name, for JSON."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Recall:
@@ -79,10 +73,6 @@ class Recall:
 
     trials: int
     """Passages tried."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by name, for JSON."""
-        return asdict(self)
 
 
 def copy_distances(ids: np.ndarray, n: int) -> np.ndarray:
@@ -125,16 +115,11 @@ def perplexity_by_distance(
     """
     bounds = [1, *edges]
     sums, counts = np.zeros(len(bounds) + 1), np.zeros(len(bounds) + 1, dtype=np.int64)
-    device = next(model.parameters()).device
     with evaluating(model):
         for ids in documents:
             distances = copy_distances(ids, n)
             for begin, end, first in windows(len(ids), context, stride, "last"):
-                input_ids = torch.from_numpy(ids[begin:end].astype(np.int64)).to(device)[None]
-                labels = torch.full_like(input_ids, IGNORED)
-                labels[:, first - 1 : -1] = input_ids[:, first:]
-                losses, _ = run_token_losses(model, {"input_ids": input_ids}, labels)
-                scored = losses[0, first - 1 : -1].double().cpu().numpy()
+                scored = losses_from(model, ids[None, begin:end], first)[0].double().cpu().numpy()
                 places = np.arange(begin + first, end)
                 # the whole n-gram must stand in the window for the model to have read it
                 readable = places - distances[places] - (n - 1) >= begin

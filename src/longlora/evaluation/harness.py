@@ -7,26 +7,29 @@ import io
 import logging
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
+from aiohttp import ClientError
 from lm_eval import evaluator
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.tasks import TaskManager
 from torch import nn
 
 from longlora import ranks
 from longlora.errors import UserError, nearest
 from longlora.evaluation.cost import tokens_a_pass
-from longlora.evaluation.loading import load_evaluated
+from longlora.evaluation.loading import Asked
 from longlora.evaluation.perplexity import evaluating
-from longlora.evaluation.prompting import PromptFormat
+from longlora.evaluation.server import AT_A_TIME, SECONDS, served_model
+from longlora.evaluation.trials import TrialLog
 from longlora.model.lm_head import unwrapped
 from longlora.model.positions import frequencies_change_at
 from longlora.model.source import first_line
@@ -90,35 +93,46 @@ class LoadedModel(HFLM):
         return super()._loglikelihood_tokens(requests, *given, **named)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """Whom lm-eval asks."""
+class ServedModel(LocalCompletionsAPI):
+    """The model of the server at `url` for lm-eval's evaluator, otherwise as `LoadedModel`; prompts go as token ids."""
 
-    config: Any
-    tokenizer: Any
-    label: str
-    dtype: str
-    form: PromptFormat
-    window: Callable[[int], Any]
-    """The model as lm-eval's evaluator takes it, with so many tokens for a request and its answer."""
+    def __init__(self, url: str, tokenizer: Any, window: int, batch: int = 0, bos: bool | None = None) -> None:
+        super().__init__(
+            base_url=f"{url.rstrip('/')}/completions",
+            model=served_model(url),
+            tokenizer_backend="none",  # it would load one by the server's name of the model
+            max_length=window + 1,  # lm-eval takes one off
+            num_concurrent=batch or AT_A_TIME,
+            timeout=SECONDS,
+        )
+        self.tokenizer, self.tokenizer_backend, self.tokenized_requests = tokenizer, "huggingface", True
+        self.add_bos_token = bos is not False
+        self.requests = self.cut = 0
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """As `LocalCompletionsAPI`."""
+        for prompt, how in (request.args for request in requests):
+            room = self.max_length - how.get("max_gen_toks", self._max_gen_toks)
+            self.cut += len(self.tok_encode(prompt)) > room
+        self.requests += len(requests)
+        return super().generate_until(requests, disable_tqdm)
+
+    def _loglikelihood_tokens(self, requests: Any, **named: Any) -> Any:
+        self.requests += len(requests)
+        self.cut += sum(len(context) + len(scored) >= self.max_length for _, context, scored in requests)
+        self.max_length -= 1  # a server goes on for a token
+        try:
+            return super()._loglikelihood_tokens(requests, **named)
+        finally:
+            self.max_length += 1
 
 
-def whom_to_ask(name: str, settings: RetrievalSettings) -> Asked:
-    """The model that `name` names.
-
-    Raises:
-        UserError: as `load_evaluated`.
-    """
-    model, tokenizer, label = load_evaluated(name, settings)
+def for_lm_eval(asked: Asked, window: int, settings: RetrievalSettings) -> LoadedModel | ServedModel:
+    """The model as lm-eval takes it, with `window` tokens for a request and its answer."""
     bos = None if settings.bos == "auto" else settings.bos == "yes"
-    return Asked(
-        config=unwrapped(model).config,
-        tokenizer=tokenizer,
-        label=label,
-        dtype=str(unwrapped(model).dtype).removeprefix("torch."),
-        form=PromptFormat(tokenizer, chat=settings.chat, bos=settings.bos, system=settings.system),
-        window=lambda window: LoadedModel(model, tokenizer, window, settings.evaluation_batch, bos),
-    )
+    if settings.server is not None:
+        return ServedModel(settings.server, asked.tokenizer, window, settings.evaluation_batch, bos)
+    return LoadedModel(asked.model, asked.tokenizer, window, settings.evaluation_batch, bos)
 
 
 @contextmanager
@@ -213,21 +227,58 @@ def run_tasks(
     """
     # it would ask pip and git what is installed, for seconds, after each task
     quick = replaced(vars(evaluator), {"add_env_info": lambda _: None})
-    with quick, without_bars_in_a_log(), evaluating(lm.model) if isinstance(lm, HFLM) else nullcontext():
-        found: Any = simple_evaluate(
-            model=lm,
-            tasks=list(tasks),
-            limit=limit,
-            bootstrap_iters=1000,
-            log_samples=True,
-            apply_chat_template=chat,
-            system_instruction=system,
-            task_manager=TaskManager(include_defaults=False),  # the tasks are loaded: no need to index them all
-        )
+    try:
+        with quick, without_bars_in_a_log(), evaluating(lm.model) if isinstance(lm, HFLM) else nullcontext():
+            found: Any = simple_evaluate(
+                model=lm,
+                tasks=list(tasks),
+                limit=limit,
+                bootstrap_iters=1000,
+                log_samples=True,
+                apply_chat_template=chat,
+                system_instruction=system,
+                task_manager=TaskManager(include_defaults=False),  # the tasks are loaded: no need to index them all
+            )
+    except (ClientError, TimeoutError, LookupError, NotImplementedError) as error:
+        if isinstance(lm, ServedModel):
+            raise UserError(
+                f"{lm.base_url} did not answer lm-eval's requests: {error or type(error).__name__}."
+            ) from error
+        raise
     rows, samples = ranks.first_alone(lambda: (_rows(found), found["samples"]))
     if cut := getattr(lm, "cut", 0):
         logger.warning("%d of %d requests are longer than the window and were cut on the left", cut, lm.requests)
     return rows, samples
+
+
+def task_rows(
+    make: Callable[[], Any],
+    tasks: Mapping[str, Sequence[Any]],
+    limit: int | None,
+    log: TrialLog,
+    trials: str = "{}",
+    **prompts: Any,
+) -> list[Row]:
+    """The rows of all of `tasks`, each with `cut`: requests of which only the end was read.
+
+    Args:
+        make: makes the model, for lm-eval.
+        tasks: of `load_tasks`.
+        limit: as `run_tasks`, and `prompts`.
+        log: keeps what a task came to; what it holds already is not asked again.
+        trials: names of its lines, by the name of a task.
+    """
+    rows: list[Row] = []
+    for name, loaded in tasks.items():
+        trial = trials.format(name)
+        if trial not in log.records:
+            logger.info("lm-eval task %s", name)
+            began, lm = time.monotonic(), make()
+            found, _ = run_tasks(lm, loaded, limit, **prompts)
+            seconds = round(time.monotonic() - began, 3)
+            log.append(trial, {"rows": [row | {"cut": lm.cut} for row in found], "seconds": seconds})
+        rows += log.records[trial]["rows"]
+    return rows
 
 
 def _rows(found: Mapping[str, Any]) -> list[Row]:

@@ -1,6 +1,7 @@
 """A model as an evaluation wants it: on this process's device, its positions maybe stretched without training."""
 
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from accelerate.utils import get_balanced_memory
 
 from longlora.corpus.tokens import TokenizedCorpus
 from longlora.errors import UserError
+from longlora.evaluation.prompting import PromptFormat
 from longlora.model.lm_head import unwrapped
 from longlora.model.loading import load, load_config, load_tokenizer
 from longlora.model.positions import extend_positions
@@ -50,11 +52,36 @@ def _spread(network: Any) -> None:
     dispatch_model(network, infer_auto_device_map(network, memory, whole))
 
 
-def load_served(name: str, settings: RetrievalSettings) -> tuple[Any, Any, str]:
-    """As `load_evaluated` where a server has the weights: the config of `name`, its tokenizer, and the label."""
-    trust, revision = settings.loading.trust_remote_code, settings.loading.revision
-    config = load_config(name, trust_remote_code=trust, revision=revision)
-    return config, load_tokenizer(name, trust_remote_code=trust, revision=revision), f"{name} at {settings.server}"
+@dataclass(frozen=True)
+class Asked:
+    """Whom questions are put to: a model, or the server that has its weights."""
+
+    model: Any
+    """None where a server answers."""
+    config: Any
+    tokenizer: Any
+    form: PromptFormat
+    about: dict[str, Any]
+    """What a results document says of it and of the way prompts are written."""
+
+
+def whom_to_ask(name: str, settings: RetrievalSettings) -> Asked:
+    """The model that `name` names, or its config and tokenizer where `settings` names a server.
+
+    Raises:
+        UserError: as `load_evaluated` and `PromptFormat`.
+    """
+    if settings.server:
+        trust, revision = settings.loading.trust_remote_code, settings.loading.revision
+        model, label, dtype = None, f"{name} at {settings.server}", "the server's"
+        config = load_config(name, trust_remote_code=trust, revision=revision)
+        tokenizer = load_tokenizer(name, trust_remote_code=trust, revision=revision)
+    else:
+        model, tokenizer, label = load_evaluated(name, settings)
+        config, dtype = unwrapped(model).config, str(unwrapped(model).dtype).removeprefix("torch.")
+    form = PromptFormat(tokenizer, chat=settings.chat, bos=settings.bos, system=settings.system)
+    about = {"model": name, "label": label, **stretching(settings), "dtype": dtype, **form.description}
+    return Asked(model, config, tokenizer, form, about)
 
 
 def stretching(settings: EvaluatedModelsSettings) -> dict[str, Any]:

@@ -26,11 +26,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -38,10 +37,10 @@ from longlora import ranks
 from longlora.errors import UserError
 from longlora.evaluation import statistics
 from longlora.evaluation.cost import announce, tokens_a_pass
-from longlora.evaluation.perplexity import check_positions, evaluating
+from longlora.evaluation.perplexity import check_positions, evaluating, losses_from
 from longlora.evaluation.trials import Record, TrialLog
 from longlora.evaluation.windows import windows
-from longlora.model.lm_head import IGNORED, run_token_losses, unwrapped
+from longlora.model.lm_head import unwrapped
 from longlora.model.loading import window
 from longlora.model.positions import original_context
 from longlora.progress import Progress
@@ -68,10 +67,6 @@ class LongPerplexity(LongPPLRow):
     document_key_nll: list[float]
     document_key_tokens: list[int]
     """Of each document, its key tokens' summed loss in nats, and how many they are."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by name, for JSON."""
-        return asdict(self)
 
 
 def with_lengths(settings: LongPerplexitySettings, configs: Sequence[PreTrainedConfig]) -> LongPerplexitySettings:
@@ -154,14 +149,14 @@ def find_key_places(
 
     def judge(text: str) -> Record:
         ids, offsets = _tokenized(tokenizer, text)
-        rows = torch.tensor(ids)
+        rows = np.array(ids)
         long = _losses(evaluator, rows[None], short)
         slices = [rows[begin:end] for begin, end, _ in windows(len(ids), short + stride, stride, "last")]
         batch = max(1, tokens_a_pass(evaluator, short + stride) // (short + stride))
         whole = [each for each in slices if len(each) == short + stride]
-        parts = [
-            _losses(evaluator, torch.stack(whole[at : at + batch]), short) for at in range(0, len(whole), batch)
-        ] + [_losses(evaluator, each[None], short) for each in slices[len(whole) :]]
+        parts = [_losses(evaluator, np.stack(whole[at : at + batch]), short) for at in range(0, len(whole), batch)] + [
+            _losses(evaluator, each[None], short) for each in slices[len(whole) :]
+        ]
         key = (np.concatenate(parts) - long > settings.alpha) & (long < -settings.beta)
         return {"places": joined([offsets[at + short] for at in np.flatnonzero(key)])}
 
@@ -199,7 +194,7 @@ def long_perplexity(
 
     def judge(text: str) -> Record:
         ids, offsets = _tokenized(tokenizer, text, add_special_tokens=False)
-        losses = _losses(model, torch.tensor(ids)[None], 1).astype(np.float64)
+        losses = _losses(model, np.array(ids)[None], 1).astype(np.float64)
         key = losses[np.array([at - 1 for at in inside(offsets, where[text])], dtype=int)]
         return {"nll": losses.sum(), "tokens": len(losses), "key_nll": key.sum(), "key_tokens": len(key)}
 
@@ -305,13 +300,9 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _losses(model: nn.Module, rows: torch.Tensor, first: int) -> np.ndarray:
-    """Losses of the tokens from `first` on in each of `rows` (B, N), row after row: (B * (N - first),) float32."""
-    rows = rows.to(next(model.parameters()).device)
-    labels = torch.full_like(rows, IGNORED)
-    labels[:, first - 1 : -1] = rows[:, first:]
-    losses, _ = run_token_losses(model, {"input_ids": rows}, labels)
-    found = losses[:, first - 1 : -1].float().cpu().numpy().ravel()
+def _losses(model: nn.Module, rows: np.ndarray, first: int) -> np.ndarray:
+    """`losses_from`, row after row: (B * (N - first),) float32."""
+    found = losses_from(model, rows, first).float().cpu().numpy().ravel()
     if not np.isfinite(found).all():
         raise UserError(
             f"the loss of a row of {rows.shape[1]:,} tokens is not a number: the model is damaged, or overflows in "

@@ -3,7 +3,8 @@
 import gc
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedConfig
@@ -14,11 +15,10 @@ from longlora.evaluation.loading import data_name, held_out, load_evaluated, str
 from longlora.evaluation.long_perplexity import Places, find_key_places, long_enough, long_perplexity, with_lengths
 from longlora.evaluation.results import (
     Document,
-    Evaluated,
     evaluate_each,
     evaluated_models,
     keep,
-    say_where_results_go,
+    trials_kept,
     weights_fingerprint,
 )
 from longlora.evaluation.trials import TrialLog
@@ -26,6 +26,7 @@ from longlora.evaluation.windows import digest_of_texts
 from longlora.model.lm_head import unwrapped
 from longlora.model.loading import load_config, load_tokenizer
 from longlora.settings import EvaluateLongPerplexitySettings, LongPerplexitySettings
+from longlora.tables import aligned
 
 logger = logging.getLogger(__name__)
 
@@ -46,37 +47,28 @@ def evaluate_long_perplexity(settings: EvaluateLongPerplexitySettings) -> Docume
     """
     wanted = settings.long_perplexity
     lengths = with_lengths(replace(wanted, context=wanted.context or settings.extend_to), _configs(settings))
-    judge = _Judge(settings, lengths)
-
-    def evaluate(model: Evaluated, file: Path | None) -> Document:
-        return _evaluate(model.name, file, model.settings(settings), lengths, judge)
-
-    return evaluate_each("longppl", settings, evaluate, long_perplexity_table)
+    return evaluate_each("longppl", settings, partial(_evaluate, _Judge(settings, lengths)), long_perplexity_table)
 
 
 def long_perplexity_table(documents: Sequence[Document]) -> str:
     """LongPPL for people: a line a model."""
     first, result = documents[0], documents[0]["results"][0]
-    width = max(len("model"), *(len(document["label"]) for document in documents))
-    lines = [f"{'model':<{width}}{'LongPPL (95% interval)':>26}{'perplexity':>12}{'key tokens':>12}{'of all':>8}"]
+    grid = [["model", "LongPPL (95% interval)", "perplexity", "key tokens", "of all"]]
     for document in documents:
         row = document["results"][0]
         longppl = "–" if row["longppl"] is None else f"{row['longppl']:.2f}"
         if row["low"] is not None:
             longppl += f" ({row['low']:.2f} to {row['high']:.2f})"
-        lines.append(
-            f"{document['label']:<{width}}{longppl:>26}{row['perplexity']:>12.2f}{row['key_tokens']:>12,}"
-            f"{row['key_tokens'] / row['tokens']:>8.1%}"
-        )
+        counts = [f"{row['key_tokens']:,}", f"{row['key_tokens'] / row['tokens']:.1%}"]
+        grid.append([document["label"], longppl, f"{row['perplexity']:.2f}", *counts])
     judge = f"chosen by {first['evaluator']}" if first["evaluator"] else "each model's own"
     if not first["evaluator"] and len(documents) > 1:
         judge += " (with --evaluator MODEL all are measured on the same ones)"
-    lines.append(
-        f"{first['data']}; context {result['context']:,}, short context {first['short_context']:,} to "
+    return aligned(grid) + (
+        f"\n{first['data']}; context {result['context']:,}, short context {first['short_context']:,} to "
         f"{first['short_context'] + first['short_stride'] - 1:,}; {result['tokens']:,} tokens of "
         f"{result['documents']:,} documents, {result['skipped_documents']:,} too short; key tokens {judge}"
     )
-    return "\n".join(lines)
 
 
 def _configs(settings: EvaluateLongPerplexitySettings) -> list[PreTrainedConfig]:
@@ -116,15 +108,9 @@ class _Judge:
         return self._found[2]
 
 
-def _evaluate(
-    name: str,
-    file: Path | None,
-    settings: EvaluateLongPerplexitySettings,
-    lengths: LongPerplexitySettings,
-    judge: _Judge,
-) -> Document:
+def _evaluate(judge: _Judge, name: str, settings: EvaluateLongPerplexitySettings, file: Path | None) -> Document:
     """The results document of one model, which goes beside its log `file`."""
-    texts, skipped = judge.texts(name)
+    lengths, (texts, skipped) = judge.lengths, judge.texts(name)
     about = {
         "task": "longppl",
         "model": name,
@@ -138,15 +124,9 @@ def _evaluate(
         "beta": lengths.beta,
         "max_documents": lengths.max_documents,
     }
-    revision = settings.loading.revision
-    only_the_log = {
-        "context": lengths.context,
-        "dtype": settings.dtype,
-        "weights": weights_fingerprint(name, revision),
-        "evaluator_weights": weights_fingerprint(settings.evaluator, revision) if settings.evaluator else None,
-    }
-    with TrialLog.opened(file, {**about, **only_the_log}, settings.resume) as log:
-        say_where_results_go(file, "document", len(log.records))
+    judging = weights_fingerprint(settings.evaluator, settings.loading.revision) if settings.evaluator else None
+    only_in_the_log = {"context": lengths.context, "dtype": settings.dtype, "evaluator_weights": judging}
+    with trials_kept(file, settings, about, "document", None, only_in_the_log) as log:
         places = judge.places(texts, skipped, log) if settings.evaluator else None
         model, tokenizer, label = load_evaluated(name, settings)
         logger.info("LongPPL of %s", label)
@@ -157,7 +137,7 @@ def _evaluate(
             **about,
             "label": label,
             "dtype": str(unwrapped(model).dtype).removeprefix("torch."),
-            "results": [result.to_dict() | {"skipped_documents": skipped}],
+            "results": [asdict(result) | {"skipped_documents": skipped}],
             "seconds": round(sum(record["seconds"] for record in log.records.values()), 1),
         }
         return keep(document, file)

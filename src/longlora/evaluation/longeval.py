@@ -9,7 +9,6 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -24,9 +23,10 @@ from longlora.evaluation.longeval_cases import (
     read_topics,
 )
 from longlora.evaluation.prompting import PromptFormat
-from longlora.evaluation.results import Document, change_lines
-from longlora.evaluation.retrieval import Question, Task, accuracy_changes, ask_models, window_of
+from longlora.evaluation.results import Document
+from longlora.evaluation.retrieval import Question, Task, ask_models, footing, window_of
 from longlora.settings import LinesSettings, LongEvalSettings, TopicsSettings
+from longlora.tables import aligned
 
 TOPICS = (5, 10, 15, 20, 25)
 LINES = (200, 300, 400, 500, 600, 680)
@@ -155,15 +155,7 @@ def _evaluate(
             stop=None if form.chat else lambda answer: "\n" in form.text(answer).lstrip(),
         )
 
-    def table(documents: Sequence[Document]) -> str:
-        changes = (
-            change_lines(documents, functools.partial(accuracy_changes, key=what), " points")
-            if settings.baseline
-            else []
-        )
-        return "\n".join([accuracy_table(documents, what), *changes])
-
-    return ask_models(what, settings, make_task, table)
+    return ask_models(what, settings, make_task, functools.partial(accuracy_table, what=what), key=what)
 
 
 def _data_names(settings: LongEvalSettings) -> list[str]:
@@ -175,27 +167,14 @@ def _data_names(settings: LongEvalSettings) -> list[str]:
 def accuracy_table(documents: Sequence[Document], what: str) -> str:
     """Accuracy in per cent for people: a line a model, a column a length."""
     numbers = sorted({result[what] for document in documents for result in document["results"]})
-    head = f"% right, of {what}"
-    width = max(len(head), *(len(document["label"]) for document in documents))
-    lines = [f"{head:<{width}}" + "".join(f"{number:>10,}" for number in numbers)]
+    grid, about = [[f"% right, of {what}", *(f"{number:,}" for number in numbers)]], []
     for document in documents:
         found = {result[what]: result for result in document["results"]}
         accuracies = [found[number]["accuracy"] if number in found else None for number in numbers]
-        cells = (
-            f"{accuracy:>10.0%}".replace("%", "") if accuracy is not None else f"{'–':>10}" for accuracy in accuracies
-        )
-        lines.append(f"{document['label']:<{width}}" + "".join(cells))
-        tokens = (f"{found[number]['tokens']:>10,}" if number in found else f"{'':>10}" for number in numbers)
-        lines.append(f"{'  tokens a prompt':<{width}}" + "".join(tokens))
-    return "\n".join([*lines, *(_footing(document, len(documents) > 1) for document in documents)])
-
-
-def _footing(document: dict[str, Any], named: bool) -> str:
-    trials, skipped = (sum(result[key] for result in document["results"]) for key in ("trials", "skipped"))
-    source = ", ".join(document["data"]) + ("" if document["seed"] is None else f", seed {document['seed']}")
-    return (
-        (f"{document['label']}: " if named else "")
-        + f"{source}; {trials:,} trials, {'chat template' if document['chat'] else 'plain text'}, "
-        f"window {document['window'] or 0:,}, {document['seconds']:,.0f} s"
-        + (f"; {skipped:,} prompts did not fit" if skipped else "")
-    )
+        cells = ("–" if accuracy is None else f"{100 * accuracy:.0f}" for accuracy in accuracies)
+        tokens = (f"{found[number]['tokens']:,}" if number in found else "" for number in numbers)
+        grid += [[document["label"], *cells], ["  tokens a prompt", *tokens]]
+        named = f"{document['label']}: " if len(documents) > 1 else ""
+        seed = "" if document["seed"] is None else f", seed {document['seed']}"
+        about.append(footing(document, f"{named}{', '.join(document['data'])}{seed}"))
+    return "\n".join([aligned(grid), *about])

@@ -7,8 +7,8 @@
              …
              Now the record is over. Tell me what is the <REGISTER_CONTENT> in line torpid-kid? I need the number.
 
-Source: `longeval/utils.py` of DachengLi1/LongChat and its files `10_topics.jsonl`, `200_lines.jsonl` and so on, whose
-wording differs from that code in two places; the files are followed.
+Source: `longeval/utils.py` of DachengLi1/LongChat and its files `10_topics.jsonl`, `200_lines.jsonl` and so on. The
+words are in `assets/longeval.yaml`.
 """
 
 import itertools
@@ -16,81 +16,23 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import wonderwords
+import yaml
 
 from longlora.errors import UserError
 
-TOPICS_BEGIN = (
-    "Below is a record of our previous conversation on {number} different topics. You are the ASSISTANT, and I am the "
-    "USER. At the beginning of each topic, the USER will say 'I would like to discuss the topic of <TOPIC>'. Memorize "
-    "each <TOPIC>. At the end of the record, I will ask you to retrieve the first topic. Now the record start. "
+WORDS: dict[str, Any] = yaml.safe_load(
+    (resources.files("longlora") / "assets" / "longeval.yaml").read_text(encoding="utf-8")
 )
-TOPICS_END = (
-    " Now the record ends. What is the first topic we discussed? Only give me the topic name. Do not summarize "
-    "yourself."
-)
-LINES_BEGIN = (
-    "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
-    "'<REGISTER_CONTENT>' at the end of the line as a numerical value. For each line index, memorize its "
-    "corresponding <REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the corresponding "
-    "<REGISTER_CONTENT> of a certain line index. Now the record start:\n\n"
-)
-LINE = "line {name}: REGISTER_CONTENT is <{number}>\n"
-LINES_END = "\nNow the record is over. Tell me what is the <REGISTER_CONTENT> in line {name}? I need the number. "
+"""What prompts are made of."""
+
 LARGEST_NUMBER = 50_000
 
-ASPECTS = ("history", "future", "economics", "psychology", "science", "ethics", "teaching", "art")
-SUBJECTS = (
-    "bridge building,bread baking,bird migration,clock making,coral reefs,deep sea fishing,early photography,"
-    "folk music,glass blowing,honey bees,kite flying,long distance running,map making,mountain railways,night skies,"
-    "ocean tides,paper recycling,public libraries,rain forests,river trade,sign language,stage lighting,street markets,"
-    "tea growing,urban gardens,volcanoes,water mills,winter sports,wool weaving,word puzzles"
-).split(",")
-EXCHANGES = (
-    ("What makes people care about it?", "Most people come to it through somebody they know, and stay for the people."),
-    ("How long does it take to learn the basics?", "A few weeks of patient practice are usually enough for a start."),
-    (
-        "Has it changed much in the last century?",
-        "Very much: new tools came in, prices fell, and far more people joined.",
-    ),
-    (
-        "Is there anything that beginners get wrong?",
-        "They often hurry, and skip the slow parts that matter in the end.",
-    ),
-    ("What would an expert look at first?", "At the small details, because the large ones are easy to get right."),
-    ("Does it differ between countries?", "It does, with climate and custom, though the main ideas are the same."),
-    ("What does it cost?", "Less than one might think, if one borrows what is rarely needed."),
-    ("Which mistakes are the expensive ones?", "Those that nobody notices for years, so regular checks pay off."),
-    ("Can one person do it alone?", "One person can begin, but it goes better and is more fun with others."),
-    ("What is still not understood?", "A good deal: careful records are young, and some old claims were never tested."),
-    (
-        "Are there good books about it?",
-        "A few classics, though the best introductions today are short films and visits.",
-    ),
-    ("Who were the pioneers?", "Mostly people with other trades, who had time in the evening and neighbours to ask."),
-    ("Does the weather matter?", "Less than it once did, but the old hands still plan the year around the seasons."),
-    ("How do people usually meet?", "In clubs and at fairs, and more and more in small groups that form over the net."),
-    (
-        "Is it something for children?",
-        "Yes, if somebody shows them the first steps and then lets them try by themselves.",
-    ),
-    ("What do the critics say?", "That it takes more time than it gives back, which depends on what one counts."),
-    ("Which tools are really needed?", "Three or four good ones; most of the others are bought once and never used."),
-    ("How is quality judged?", "By eye first, then by use over years, and only in contests by written rules."),
-    ("Is there money in it?", "For a handful of people; for everybody else it is a pleasure that costs a little."),
-    (
-        "Will machines take it over?",
-        "They have taken the dull parts, and that has brought many people back to the rest.",
-    ),
-    (
-        "Where should one travel to see it?",
-        "To the smaller towns, where the people who do it still have time for visitors.",
-    ),
-)
 EXCHANGES_A_TOPIC = 16
 """As many as make up a topic of LongChat's: 578 tokens of its files."""
 
@@ -154,16 +96,16 @@ def read_topic_list(file: str) -> list[tuple[str, str]]:
 
 def our_topics() -> list[tuple[str, str]]:
     """Topics of our own with their conversations, for those who have no list."""
-    topics = [f"The {aspect} of {subject}" for subject in SUBJECTS for aspect in ASPECTS]
+    topics = [f"The {aspect} of {subject}" for subject in WORDS["subjects"] for aspect in WORDS["aspects"]]
     return [(topic, conversation(topic)) for topic in topics]
 
 
 def conversation(topic: str) -> str:
     """A plain conversation about `topic`, with LongEval's first and last turns."""
-    random = np.random.default_rng(list(topic.encode()))
+    random, exchanges = np.random.default_rng(list(topic.encode())), WORDS["exchanges"]
     middle = "".join(
-        f" \n USER: {EXCHANGES[at][0]} \n ASSISTANT: {EXCHANGES[at][1]}"
-        for at in random.permutation(len(EXCHANGES))[:EXCHANGES_A_TOPIC]
+        " \n USER: {} \n ASSISTANT: {}".format(*exchanges[at])
+        for at in random.permutation(len(exchanges))[:EXCHANGES_A_TOPIC]
     )
     return (
         f"USER: I would like to discuss the topic of {topic[:1].lower()}{topic[1:]}. \n ASSISTANT: Sure, I'd be happy "
@@ -185,7 +127,7 @@ def make_topics(conversations: Sequence[tuple[str, str]], number: int, trial: in
         )
     random = np.random.default_rng([seed, number, trial])
     chosen = [conversations[at] for at in random.permutation(len(conversations))[:number]]
-    prompt = TOPICS_BEGIN.format(number=number) + "".join(text for _, text in chosen) + TOPICS_END
+    prompt = WORDS["topics_begin"].format(number=number) + "".join(text for _, text in chosen) + WORDS["topics_end"]
     first, *others = (topic for topic, _ in chosen)
     return Case(number, prompt, first, tuple(others))
 
@@ -212,8 +154,8 @@ def make_lines(number: int, trial: int, seed: int) -> Case:
 
 def lines_prompt(lines: Sequence[tuple[str, int]], asked: str) -> str:
     """The prompt that holds `lines`, each a name and a number, and asks for the line of name `asked`."""
-    record = "".join(LINE.format(name=name, number=number) for name, number in lines)
-    return LINES_BEGIN + record + LINES_END.format(name=asked)
+    record = "".join(WORDS["line"].format(name=name, number=number) for name, number in lines)
+    return WORDS["lines_begin"] + record + WORDS["lines_end"].format(name=asked)
 
 
 @lru_cache

@@ -16,11 +16,12 @@ from longlora.errors import UserError
 from longlora.evaluation.passkey_prompts import Hidden, draw_keys, filled, original_prompt, prompt
 from longlora.evaluation.perplexity import default_contexts
 from longlora.evaluation.prompting import PromptFormat
-from longlora.evaluation.results import Document, change_lines
-from longlora.evaluation.retrieval import Question, Task, accuracy_changes, ask_models, window_of
+from longlora.evaluation.results import Document
+from longlora.evaluation.retrieval import Question, Task, ask_models, footing, window_of
 from longlora.model.loading import window
 from longlora.progress import Progress
 from longlora.settings import PasskeySettings
+from longlora.tables import aligned
 
 DEPTHS = 5
 
@@ -45,12 +46,7 @@ def evaluate_passkey(settings: PasskeySettings) -> Document:
         UserError: a model, tokenizer or context that does not serve.
     """
     make_task = original_task if settings.interval else grid_task
-
-    def table(documents: Sequence[Document]) -> str:
-        changes = change_lines(documents, accuracy_changes, " points") if settings.baseline else []
-        return "\n\n".join([heat_maps(documents), *(["\n".join(changes)] if changes else [])])
-
-    return ask_models("passkey", settings, functools.partial(make_task, settings), table)
+    return ask_models("passkey", settings, functools.partial(make_task, settings), heat_maps)
 
 
 def grid_task(settings: PasskeySettings, form: PromptFormat, config: PreTrainedConfig) -> Task:
@@ -116,27 +112,22 @@ def _heat_map(document: Document) -> str:
     contexts = sorted({result["context"] for result in results})
     depths = sorted({result["depth"] for result in results if "depth" in result})
     found = {(result["context"], result.get("depth")): result["accuracy"] for result in results}
-    lines = [f"{document['label']}: % of pass keys found", f"{'depth':<8}" + "".join(f"{c:>10,}" for c in contexts)]
+    grid = [["depth", *(f"{context:,}" for context in contexts)]]
     for depth in depths or [None]:
         name = f"{depth:.0%}" if depth is not None else "any"
-        lines.append(f"{name:<8}" + "".join(_shaded(found.get((context, depth))) for context in contexts))
+        grid.append([name, *(_shaded(found.get((context, depth))) for context in contexts)])
     if len(depths) > 1:
         means = [_mean([r for r in results if r["context"] == context]) for context in contexts]
-        lines.append(f"{'all':<8}" + "".join(_shaded(mean) for mean in means))
-    trials, skipped = (sum(result[key] for result in results) for key in ("trials", "skipped"))
+        grid.append(["all", *map(_shaded, means)])
     keys = f"{document['keys']} keys a prompt, " if document["keys"] > 1 else ""
-    lines.append(
-        f"{keys}{trials:,} trials, seed {document['seed']}, {'chat template' if document['chat'] else 'plain text'}, "
-        f"window {document['window'] or 0:,}, {document['seconds']:,.0f} s"
-        + (f"; {skipped:,} prompts did not fit" if skipped else "")
-    )
-    return "\n".join(lines)
+    about = footing(document, f"{keys}seed {document['seed']}")
+    return "\n".join([f"{document['label']}: % of pass keys found", aligned(grid), about])
 
 
 def _shaded(accuracy: float | None) -> str:
     if accuracy is None:
-        return f"{'–':>8}  "
-    return f"{accuracy:>8.0%} {SHADES[round(accuracy * (len(SHADES) - 1))]}".replace("%", "")
+        return "–"
+    return f"{SHADES[round(accuracy * (len(SHADES) - 1))]} {accuracy:>4.0%}".replace("%", "")
 
 
 def _mean(results: list[dict[str, Any]]) -> float | None:

@@ -174,6 +174,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def losses_from(model: nn.Module, rows: np.ndarray, first: int, bos: int | None = None) -> torch.Tensor:
+    """(B, N - first) losses in nats of the tokens from `first` on in `rows` (B, N), with `bos` in place of token 0."""
+    input_ids = torch.from_numpy(rows.astype(np.int64)).to(next(model.parameters()).device)
+    labels = torch.full_like(input_ids, IGNORED)
+    labels[:, first - 1 : -1] = input_ids[:, first:]
+    if bos is not None:
+        input_ids[:, 0] = bos
+    return run_token_losses(model, {"input_ids": input_ids}, labels)[0][:, first - 1 : -1]
+
+
 def _result(reading: Reading, nll: np.ndarray, tokens: np.ndarray) -> ContextPerplexity:
     """From the sums (windows,) of each window."""
     of_documents = [np.bincount(reading.owners, weights=sums, minlength=reading.documents) for sums in (nll, tokens)]
@@ -265,13 +275,7 @@ def _score_batch(model: nn.Module, reading: Reading, places: Sequence[int], bos:
             f"token {rows.max()} is not in the model's vocabulary of {vocabulary}: the data was made with "
             "another tokenizer; make it anew with the model's own."
         )
-    input_ids = torch.from_numpy(rows.astype(np.int64)).to(next(model.parameters()).device)
-    labels = torch.full_like(input_ids, IGNORED)
-    labels[:, first - 1 : -1] = input_ids[:, first:]
-    if bos is not None:
-        input_ids[:, 0] = bos
-    losses, _ = run_token_losses(model, {"input_ids": input_ids}, labels)
-    return losses.double().sum(1).tolist()
+    return losses_from(model, rows, first, bos).double().sum(1).tolist()
 
 
 def _batches(reading: Reading, places: Sequence[int], batch: int, model: nn.Module) -> Iterator[list[int]]:

@@ -12,7 +12,8 @@ import gc
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 Document = dict[str, Any]
 
 Settings = TypeVar("Settings", bound=EvaluatedModelsSettings)
+
+Changes = Callable[[Document, Document], Mapping[int, Estimate]]
 
 
 @dataclass(frozen=True)
@@ -72,17 +75,20 @@ def evaluated_models(settings: EvaluatedModelsSettings) -> list[Evaluated]:
 
 def evaluate_each(
     what: str,
-    settings: EvaluatedModelsSettings,
-    evaluate: Callable[[Evaluated, Path | None], Document],
+    settings: Settings,
+    evaluate: Callable[[str, Settings, Path | None], Document],
     table: Callable[[Sequence[Document]], str],
+    changes: Changes | None = None,
+    unit: str = " points",
 ) -> Document:
     """Evaluate one model after another, and print `table` of their documents, a baseline's first.
 
     Args:
         what: the evaluation's name and its files'.
         settings: the models and where results go.
-        evaluate: makes the document of one model, with the file of its trials.
+        evaluate: makes the document of one model: its name, the settings as they are for it, the file of its trials.
         table: of all documents, for people.
+        changes: with a baseline, how far the others are from it, in `unit`; see `change_lines`.
 
     Returns:
         The document of one model; `{"models": [documents]}` of several; with a baseline `{"baseline": its document,
@@ -97,10 +103,14 @@ def evaluate_each(
         TrialLog.refuse_to_drop(model.log(what), settings.resume)
     documents = []
     for model in models:
-        documents.append(evaluate(model, model.log(what)))
+        documents.append(evaluate(model.name, model.settings(settings), model.log(what)))
         gc.collect()  # the weights of one model go before the next one's come
     if not settings.json and ranks.rank() == 0:
-        print(table(documents))
+        print(
+            "\n".join(
+                [table(documents), *(change_lines(documents, changes, unit) if settings.baseline and changes else [])]
+            )
+        )
     if settings.baseline is not None:
         return {"baseline": documents[0], "models": documents[1:]}
     return documents[0] if len(documents) == 1 else {"models": documents}
@@ -114,15 +124,36 @@ def keep(document: Document, file: Path | None) -> Document:
     return document
 
 
-def say_where_results_go(file: Path | None, what: str, there: int, missing: int | None = None) -> None:
-    """Log lines before the work: what is kept, and how to go on.
+@contextmanager
+def trials_kept(
+    file: Path | None,
+    settings: EvaluatedModelsSettings,
+    about: Document,
+    what: str,
+    trials: Sequence[str] | None = None,
+    only_in_the_log: Mapping[str, Any] | None = None,
+) -> Iterator[TrialLog]:
+    """The log of one model's trials, after a word on what is there and how to go on.
 
     Args:
         file: of the trials.
-        what: what a line of it is, such as `trial`.
-        there: how many are there already.
-        missing: how many are to be done; None where that is not known.
+        settings: as they are for the model.
+        about: what the results document says of the model and the way it is measured; new weights make new trials.
+        what: what a line of the log is, such as `trial`.
+        trials: the names of all that there will be; None where that is not known.
+        only_in_the_log: what the trials depend on besides.
+
+    Raises:
+        UserError: as `TrialLog.opened`.
     """
+    weights = weights_fingerprint(about["model"], settings.loading.revision)
+    with TrialLog.opened(file, {**about, **(only_in_the_log or {}), "weights": weights}, settings.resume) as log:
+        there = len(log.records) if trials is None else sum(trial in log.records for trial in trials)
+        _say_where_results_go(file, what, there, None if trials is None else len(trials) - there)
+        yield log
+
+
+def _say_where_results_go(file: Path | None, what: str, there: int, missing: int | None) -> None:
     if file is None:
         logger.info("results are kept nowhere: give --output FOLDER to be able to go on after a stop")
         return
@@ -149,9 +180,7 @@ def data_fingerprint(corpus: TokenizedCorpus) -> str:
     return text_fingerprint(corpus.document(index) for index in range(len(corpus)))
 
 
-def change_lines(
-    documents: Sequence[Document], changes: Callable[[Document, Document], Mapping[int, Estimate]], unit: str
-) -> list[str]:
+def change_lines(documents: Sequence[Document], changes: Changes, unit: str) -> list[str]:
     """For people: how far each document's values are from the first one's, the baseline's, where both have any.
 
     Args:

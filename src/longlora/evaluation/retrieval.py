@@ -11,27 +11,20 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 from transformers import PreTrainedConfig
 
 from longlora.errors import UserError
 from longlora.evaluation import statistics
 from longlora.evaluation.generation import generate_each
-from longlora.evaluation.loading import load_evaluated, load_served, stretching
+from longlora.evaluation.loading import Asked, whom_to_ask
 from longlora.evaluation.perplexity import check_positions
 from longlora.evaluation.prompting import PromptFormat
-from longlora.evaluation.results import (
-    Document,
-    Evaluated,
-    evaluate_each,
-    keep,
-    say_where_results_go,
-    weights_fingerprint,
-)
+from longlora.evaluation.results import Document, evaluate_each, keep, trials_kept
 from longlora.evaluation.server import answers
 from longlora.evaluation.statistics import Estimate
 from longlora.evaluation.trials import Record, TrialLog
@@ -91,8 +84,10 @@ def ask_models(
     settings: RetrievalSettings,
     make_task: MakeTask,
     table: Callable[[Sequence[Document]], str],
+    key: str = "context",
 ) -> Document:
-    """Ask each of `settings.models` the questions that `make_task` makes for it, and print `table` of the results.
+    """Ask each of `settings.models` the questions that `make_task` makes for it, and print `table` of the results, with
+    a baseline also how far accuracy is from its own by `key` of the cells.
 
     Returns:
         For one model `{"model", "label", "task", …, "window", "seconds", "results"}`; for several, or with a baseline,
@@ -103,11 +98,9 @@ def ask_models(
     Raises:
         UserError: a model or tokenizer that does not serve, no question that fits, or results that cannot be kept.
     """
-
-    def ask(model: Evaluated, file: Path | None) -> Document:
-        return _ask(task_name, model.name, file, model.settings(settings), make_task)
-
-    return evaluate_each(task_name, settings, ask, table)
+    return evaluate_each(
+        task_name, settings, partial(_ask, task_name, make_task), table, partial(accuracy_changes, key=key)
+    )
 
 
 def window_of(config: PreTrainedConfig, flag: str) -> int:
@@ -149,6 +142,16 @@ def summarize(task: Task, records: Mapping[str, Record]) -> list[dict[str, Any]]
     return results
 
 
+def footing(document: Document, source: str) -> str:
+    """The line below a table: where the questions come from, how many they were, how they were asked."""
+    trials, skipped = (sum(result[key] for result in document["results"]) for key in ("trials", "skipped"))
+    return (
+        f"{source}; {trials:,} trials, {'chat template' if document['chat'] else 'plain text'}, "
+        f"window {document['window'] or 0:,}, {document['seconds']:,.0f} s"
+        + (f"; {skipped:,} prompts did not fit" if skipped else "")
+    )
+
+
 def accuracy_changes(
     document: Mapping[str, Any], before: Mapping[str, Any], key: str = "context"
 ) -> dict[int, Estimate]:
@@ -174,31 +177,20 @@ def accuracy_changes(
     return found
 
 
-def _ask(task_name: str, name: str, file: Path | None, settings: RetrievalSettings, make_task: MakeTask) -> Document:
+def _ask(task_name: str, make_task: MakeTask, name: str, settings: RetrievalSettings, file: Path | None) -> Document:
     """The results document of one model, which goes beside its log `file`."""
-    model: Any = None
-    if settings.server:
-        config, tokenizer, label = load_served(name, settings)
-    else:
-        model, tokenizer, label = load_evaluated(name, settings)
-        config = unwrapped(model).config
-    form = PromptFormat(tokenizer, chat=settings.chat, bos=settings.bos, system=settings.system)
-    task = make_task(form, config)
-    asked = _questions_that_fit(task_name, task)
-    check_positions(config, [max(len(question.tokens) for question in asked) + task.max_new_tokens])
-
-    dtype = "the server's" if settings.server else str(unwrapped(model).dtype).removeprefix("torch.")
-    about = {"task": task_name, "model": name, "label": label, **stretching(settings), "dtype": dtype}
-    about |= {**form.description, **task.about}
-    weights = weights_fingerprint(name, settings.loading.revision)
-    with TrialLog.opened(file, {**about, "weights": weights}, settings.resume) as log:
-        pending = [question for question in asked if question.trial not in log.records]
-        say_where_results_go(file, "trial", len(asked) - len(pending), len(pending))
-        _answer(f"{task_name} of {label}", model, form, task, pending, settings, log)
-        records = {question.trial: log.records[question.trial] for question in asked}
+    asked = whom_to_ask(name, settings)
+    task = make_task(asked.form, asked.config)
+    questions = _questions_that_fit(task_name, task)
+    check_positions(asked.config, [max(len(question.tokens) for question in questions) + task.max_new_tokens])
+    about = {"task": task_name, **asked.about, **task.about}
+    trials = [question.trial for question in questions]
+    with trials_kept(file, settings, about, "trial", trials) as log:
+        _answer(asked, task, [question for question in questions if question.trial not in log.records], settings, log)
+        records = {trial: log.records[trial] for trial in trials}
         document = {
             **about,
-            "window": window(config),
+            "window": window(asked.config),
             "max_new_tokens": task.max_new_tokens,
             "seconds": round(sum(record["seconds"] for record in records.values()), 1),
             "results": summarize(task, records),
@@ -225,24 +217,16 @@ def _questions_that_fit(task_name: str, task: Task) -> list[Question]:
     return asked
 
 
-def _answer(
-    title: str,
-    model: nn.Module | None,
-    form: PromptFormat,
-    task: Task,
-    pending: list[Question],
-    settings: RetrievalSettings,
-    log: TrialLog,
-) -> None:
-    """Let `model`, or the server, answer the questions, and keep what each comes to."""
+def _answer(asked: Asked, task: Task, pending: list[Question], settings: RetrievalSettings, log: TrialLog) -> None:
+    """Let the model, or the server, answer the questions, and keep what each comes to."""
     prompts, most, batch = [question.tokens for question in pending], task.max_new_tokens, settings.evaluation_batch
-    if model is None:
-        assert settings.server is not None
-        answered = answers(settings.server, form.tokenizer, prompts, most, batch=batch, title=title)
+    title = f"questions to {asked.about['label']}"
+    if settings.server is not None:
+        answered = answers(settings.server, asked.tokenizer, prompts, most, batch=batch, title=title)
     else:
-        stop_tokens = form.stop_tokens(unwrapped(model))
+        stop_tokens = asked.form.stop_tokens(unwrapped(asked.model))
         answered = generate_each(
-            model, prompts, most, stop_tokens=stop_tokens, stop=task.stop, batch=batch, progress=title
+            asked.model, prompts, most, stop_tokens=stop_tokens, stop=task.stop, batch=batch, progress=title
         )
     before = time.monotonic()
     for index, tokens in answered:
@@ -251,7 +235,7 @@ def _answer(
             **question.cell,
             "correct": question.right(tokens),
             "expected": question.expected,
-            "answer": form.text(tokens),
+            "answer": asked.form.text(tokens),
             "tokens": len(question.tokens),
             "seconds": round(now - before, 3),  # since the trial before: those of one pass come together
         }

@@ -11,23 +11,15 @@ from typing import Any
 
 from longlora.errors import UserError
 from longlora.evaluation import statistics
-from longlora.evaluation.loading import require_lm_eval, stretching
+from longlora.evaluation.loading import Asked, require_lm_eval, whom_to_ask
 from longlora.evaluation.perplexity import check_positions, default_contexts
-from longlora.evaluation.results import (
-    Document,
-    Evaluated,
-    change_lines,
-    evaluate_each,
-    keep,
-    say_where_results_go,
-    weights_fingerprint,
-)
+from longlora.evaluation.results import Document, evaluate_each, keep, trials_kept
 from longlora.evaluation.retrieval import accuracy_changes
 from longlora.evaluation.statistics import Estimate
-from longlora.evaluation.trials import TrialLog
 from longlora.model.loading import window
 from longlora.progress import Progress
 from longlora.settings import RulerSettings
+from longlora.tables import aligned
 
 Cell = dict[str, Any]
 
@@ -60,16 +52,7 @@ def evaluate_ruler(settings: RulerSettings) -> Document:
             cannot be kept.
     """
     require_lm_eval("longlora eval ruler")
-
-    def evaluate(model: Evaluated, file: Path | None) -> Document:
-        return _evaluate(model.name, file, model.settings(settings))
-
-    def tables(documents: Sequence[Document]) -> str:
-        each = [ruler_table(document) for document in documents]
-        changes = change_lines(documents, _average_changes, " points") if settings.baseline else []
-        return "\n\n".join([*each, *(["\n".join(changes)] if changes else [])])
-
-    return evaluate_each("ruler", settings, evaluate, tables)
+    return evaluate_each("ruler", settings, _evaluate, ruler_tables, _average_changes)
 
 
 def averages(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
@@ -122,6 +105,11 @@ def effective_length(means: Sequence[Mapping[str, Any]], threshold: float) -> in
     return longest
 
 
+def ruler_tables(documents: Sequence[Document]) -> str:
+    """Every model's for people."""
+    return "\n\n".join(map(ruler_table, documents))
+
+
 def ruler_table(document: Document) -> str:
     """The cells, averages and effective length of one model, for people."""
     results = document["results"]
@@ -129,16 +117,14 @@ def ruler_table(document: Document) -> str:
     names = list(dict.fromkeys(cell["task"] for cell in results))
     found = {(cell["context"], cell["task"]): cell["accuracy"] for cell in results}
     average = f"average of {len(document['average_over'])} tasks"
-    width = max(len(name) for name in (*names, average)) + 2
-    lines = [f"{document['label']}: RULER, % right", " " * width + "".join(f"{context:>10,}" for context in contexts)]
-    lines += [
-        f"{name:<{width}}" + "".join(_percent(found.get((context, name))) for context in contexts) for name in names
-    ]
+    grid = [["", *(f"{context:,}" for context in contexts)]]
+    grid += [[name, *(_percent(found.get((context, name))) for context in contexts)] for name in names]
     means = {mean["context"]: mean["accuracy"] for mean in document["averages"]}
     if means:
-        lines.append(f"{average:<{width}}" + "".join(_percent(means.get(context)) for context in contexts))
+        grid.append([average, *(_percent(means.get(context)) for context in contexts)])
         ends = [(100 * mean["low"], 100 * mean["high"]) for mean in document["averages"]]
-        lines.append(f"{'  95% interval':<{width}}" + "".join(f"{f'{low:.0f}–{high:.0f}':>10}" for low, high in ends))
+        grid.append(["  95% interval", *(f"{low:.0f}–{high:.0f}" for low, high in ends)])
+    lines = [f"{document['label']}: RULER, % right", aligned(grid)]
     if len(means) > 1:
         both = document["weighted_averages"]
         lines.append(
@@ -161,9 +147,8 @@ def ruler_table(document: Document) -> str:
     return "\n".join(lines)
 
 
-def _evaluate(name: str, file: Path | None, settings: RulerSettings) -> Document:
+def _evaluate(name: str, settings: RulerSettings, file: Path | None) -> Document:
     """The results document of one model, which goes beside its log `file`."""
-    from longlora.evaluation.harness import whom_to_ask
     from longlora.evaluation.ruler_samples import NoSampleError, RulerTask, choose_tasks
 
     tasks, left_out = choose_tasks(settings.tasks, settings.download)
@@ -171,43 +156,28 @@ def _evaluate(name: str, file: Path | None, settings: RulerSettings) -> Document
         reasons = "; ".join(f"{entry['task']} {entry['reason']}" for entry in left_out)
         raise UserError(f"--tasks: {reasons}.")
     asked = whom_to_ask(name, settings)
-    config, form = asked.config, asked.form
+    config, chat = asked.config, asked.form.chat
     contexts = sorted(settings.contexts or default_contexts(config))
     check_positions(config, contexts)
-    about = {
-        "task": "ruler",
-        "model": name,
-        "label": asked.label,
-        **stretching(settings),
-        "dtype": asked.dtype,
-        **form.description,
-        "seed": settings.seed,
-        "trials": settings.trials,
-    }
-    weights = weights_fingerprint(name, settings.loading.revision)
+    about = {"task": "ruler", **asked.about, "seed": settings.seed, "trials": settings.trials}
     results: list[Cell] = []
+    cells = {f"{context}/{task}": (context, task) for context in contexts for task in tasks}
     with (
-        TrialLog.opened(file, {**about, "weights": weights}, settings.resume) as log,
-        Progress(f"ruler of {asked.label}", "tokens", len(tasks) * sum(contexts)) as bar,
+        trials_kept(file, settings, about, "cell", [*cells]) as log,
+        Progress(f"ruler of {about['label']}", "tokens", len(tasks) * sum(contexts)) as bar,
     ):
-        cells = [f"{context}/{task_name}" for context in contexts for task_name in tasks]
-        there = sum(cell in log.records for cell in cells)
-        say_where_results_go(file, "cell", there, len(cells) - there)
         done = 0
-        for context in contexts:
-            for task_name in tasks:
-                cell = f"{context}/{task_name}"
-                try:
-                    if cell not in log.records:
-                        task = RulerTask(task_name, asked.tokenizer, context, settings.trials, settings.seed)
-                        room = max(context + TEMPLATE_TOKENS * form.chat, window(config) or 0)
-                        log.append(cell, _ask(task, asked.window(room), form.chat, settings))
-                    results.append({key: value for key, value in log.records[cell].items() if key != "answers"})
-                except NoSampleError as error:
-                    left_out.append({"task": task_name, "context": context, "reason": str(error)})
-                done += context
-                bar.show(done, f"{task_name} at {context:,} tokens")
-    document = {**about, "window": window(config), **_summary(results, left_out, form.chat, settings)}
+        for cell, (context, name_of_task) in cells.items():
+            try:
+                if cell not in log.records:
+                    task = RulerTask(name_of_task, asked.tokenizer, context, settings.trials, settings.seed)
+                    log.append(cell, _ask(task, asked, settings))
+                results.append({key: value for key, value in log.records[cell].items() if key != "answers"})
+            except NoSampleError as error:
+                left_out.append({"task": name_of_task, "context": context, "reason": str(error)})
+            done += context
+            bar.show(done, f"{name_of_task} at {context:,} tokens")
+    document = {**about, "window": window(config), **_summary(results, left_out, chat, settings)}
     return keep(document, file)
 
 
@@ -231,11 +201,13 @@ def _summary(results: list[Cell], left_out: list[dict[str, Any]], chat: bool, se
     }
 
 
-def _ask(task: Any, lm: Any, chat: bool, settings: RulerSettings) -> Cell:
+def _ask(task: Any, asked_of: Asked, settings: RulerSettings) -> Cell:
     """One cell: the samples of `task`, answered and scored by lm-eval."""
-    from longlora.evaluation.harness import run_tasks
+    from longlora.evaluation.harness import for_lm_eval, run_tasks
 
-    began, cut = time.monotonic(), getattr(lm, "cut", 0)
+    began, chat = time.monotonic(), asked_of.form.chat
+    room = max(task.context + TEMPLATE_TOKENS * chat, window(asked_of.config) or 0)
+    lm = for_lm_eval(asked_of, room, settings)
     _, samples = run_tasks(lm, [task], None, chat=chat, system=settings.system)
     (asked,) = samples.values()
     scores = [float(sample[str(task.context)]) for sample in asked]
@@ -250,7 +222,7 @@ def _ask(task: Any, lm: Any, chat: bool, settings: RulerSettings) -> Cell:
         "trials": len(scores),
         "scores": scores,
         "skipped": 0,
-        "cut": getattr(lm, "cut", 0) - cut,
+        "cut": lm.cut,
         "tokens": round(sum(len(lm.tok_encode(prompt)) for prompt in prompts) / len(prompts)),
         "seconds": round(time.monotonic() - began, 3),
         "answers": [
@@ -267,7 +239,7 @@ def _average_changes(document: Mapping[str, Any], before: Mapping[str, Any]) -> 
 
 
 def _percent(share: float | None) -> str:
-    return f"{'–':>10}" if share is None else f"{100 * share:>10.1f}"
+    return "–" if share is None else f"{100 * share:.1f}"
 
 
 def _effective_length_in_words(document: Document) -> str:

@@ -84,24 +84,6 @@ class RulerTask(ConfigurableTask):
         with replaced(functions, self._fewer(functions)), _silence():
             super().download(dataset_kwargs)
 
-    @property
-    def max_new_tokens(self) -> int:
-        """Tokens of an answer."""
-        return self.config.generation_kwargs["max_gen_toks"]
-
-    @property
-    def samples(self) -> list[dict[str, Any]]:
-        """lm-eval's documents: `input`, `gen_prefix`, `outputs`, …"""
-        return list(self.eval_docs)
-
-    def prompt_text(self, sample: dict[str, Any]) -> str:
-        """The plain-text prompt, which ends with the beginning of the answer."""
-        return str(self.fewshot_context(sample, num_fewshot=0, gen_prefix=self.doc_to_prefix(sample)))
-
-    def score(self, sample: dict[str, Any], answer: str) -> float:
-        """The share of the expected words that `answer` holds, from 0 to 1."""
-        return float(self.process_results(sample, [answer])[str(self.context)])
-
     def _fewer(self, functions: dict[str, Any]) -> dict[str, Any]:
         """lm-eval's functions with our tokenizer and our number of samples."""
 

@@ -6,9 +6,9 @@ and samples, with a verdict for each: "regressed by 3.5%".
 
 import logging
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,18 @@ from longlora.evaluation.loading import data_name, held_out, load_evaluated, req
 from longlora.evaluation.perplexity import perplexity
 from longlora.evaluation.results import (
     Document,
-    Evaluated,
     data_fingerprint,
     evaluate_each,
     in_words,
     keep,
-    say_where_results_go,
+    trials_kept,
     weights_fingerprint,
 )
 from longlora.evaluation.statistics import Estimate
 from longlora.evaluation.trials import TrialLog
 from longlora.model.loading import load_config, load_tokenizer, locate, window
 from longlora.settings import EvaluateShortSettings, PerplexitySettings
+from longlora.tables import aligned
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +78,12 @@ def evaluate_short(settings: EvaluateShortSettings) -> Document:
     tasks = _tasks(settings)
     before: dict[Plan, Measured] = {}
 
-    def evaluate(model: Evaluated, file: Path | None) -> Document:
-        plan = plans[model.name]
-        corpus = _documents(model.name, plan, settings)
+    def evaluate(name: str, settings: EvaluateShortSettings, file: Path | None) -> Document:
+        plan = plans[name]
+        corpus = _documents(name, plan, settings)
         about = {
             "task": "short",
-            "model": model.name,
+            "model": name,
             **stretching(settings),
             "baseline": plan.baseline,
             "data": data_name(settings.corpus),
@@ -94,18 +94,16 @@ def evaluate_short(settings: EvaluateShortSettings) -> Document:
             "min_document_tokens": plan.perplexity.min_document_tokens,
             "last_tokens": plan.perplexity.last_tokens,
         }
-        only_the_log = {
+        only_in_the_log = {
             "dtype": settings.dtype,
             "window": plan.window,
-            "weights": weights_fingerprint(model.name, settings.loading.revision),
             "baseline_weights": weights_fingerprint(plan.baseline, plan.revision),
         }
-        with TrialLog.opened(file, {**about, **only_the_log}, settings.resume) as log:
-            say_where_results_go(file, "part", len(log.records))
+        with trials_kept(file, settings, about, "part", None, only_in_the_log) as log:
             if plan not in before:
                 untouched = replace(settings, extend_to=None, loading=replace(settings.loading, revision=plan.revision))
                 before[plan] = _measure(plan.baseline, "before", untouched, plan, corpus, tasks, log)
-            after = _measure(model.name, "after", settings, plan, corpus, tasks, log)
+            after = _measure(name, "after", settings, plan, corpus, tasks, log)
             seconds = round(sum(record["seconds"] for record in log.records.values()), 1)
             return keep({**about, **_compare(before[plan], after), "seconds": seconds}, file)
 
@@ -158,13 +156,13 @@ def short_table(document: Document) -> str:
     lines = [f"{document['label']}, against {document['baseline']}"]
     rows = [(f"perplexity at {row['context']:,}", row) for row in document["results"]]
     rows += [(f"{row['task']}, {row['metric']}", row) for row in document["tasks"]]
-    width = max(len(what) for what, _ in rows) + 2
-    lines.append(f"{'':<{width}}{'before':>10}{'after':>10}")
+    grid = [["", "before", "after", "change"]]
     for what, row in rows:
         digits = 2 if "context" in row else 4
         counted = f"{row['tokens']:,} tokens" if "context" in row else f"{row['samples']:,} samples"
-        numbers = f"{row['before']:>10.{digits}f}{row['after']:>10.{digits}f}"
-        lines.append(f"{what:<{width}}{numbers}  {row['verdict']} ({counted})")
+        numbers = [f"{row[side]:.{digits}f}" for side in ("before", "after")]
+        grid.append([what, *numbers, f"{row['verdict']} ({counted})"])
+    lines.append(aligned(grid))
     lines += [
         f"{row['task']}: {row['cut']:,} requests are longer than the window and were cut on the left"
         for row in document["tasks"]
@@ -254,16 +252,11 @@ def _measure(
     logger.info("short contexts of %s", label)
     results = perplexity(model, corpus, plan.perplexity, log=log, trials=f"{side}/")
     rows: list[dict[str, Any]] = []
-    for task, loaded in tasks.items():
-        trial = f"{side}/task/{task}/{settings.limit or 'all'}"
-        if trial not in log.records:
-            from longlora.evaluation.harness import LoadedModel, run_tasks
+    if tasks:
+        from longlora.evaluation.harness import LoadedModel, task_rows
 
-            logger.info("lm-eval task of %s: %s", label, task)
-            began, lm = time.monotonic(), LoadedModel(model, tokenizer, plan.window)
-            found = [{**row, "cut": lm.cut} for row in run_tasks(lm, loaded, settings.limit)[0]]
-            log.append(trial, {"rows": found, "seconds": round(time.monotonic() - began, 3)})
-        rows += log.records[trial]["rows"]
+        trials = f"{side}/task/{{}}/{settings.limit or 'all'}"
+        rows = task_rows(partial(LoadedModel, model, tokenizer, plan.window), tasks, settings.limit, log, trials)
     return Measured(label, [result.to_dict() for result in results], rows)
 
 

@@ -6,10 +6,8 @@ from typing import Any
 
 from longlora.report import wording
 from longlora.report.reading import Content, Evaluated, Kind
-from longlora.report.ways import alike, difference, in_words, way_of
+from longlora.report.ways import Group, grouped
 from longlora.results import Change, LongPPL, Ruler, Short
-
-Group = Sequence[tuple[Evaluated, Kind]]
 
 
 def ruler(models: Sequence[Evaluated]) -> Content | None:
@@ -54,24 +52,8 @@ def is_good(row: Change) -> bool | None:
 def _section(
     models: Sequence[Evaluated], kind: type[Kind], draw: Callable[[Group[Kind]], dict[str, Any]]
 ) -> Content | None:
-    """The groups of models that were measured alike, each with how, and why it stands apart from the first."""
     done = [(model, found) for model in models if (found := model.of(kind))]
-    if not done:
-        return None
-    groups = alike(done, lambda each: way_of(each[1]))
-    return {
-        "groups": [
-            draw(group)
-            | {
-                "way": in_words(way_of(group[0][1])),
-                "apart": difference(way_of(group[0][1]), way_of(groups[0][0][1])) if group is not groups[0] else "",
-                "seconds": wording.listed(
-                    [f"{wording.duration(found.seconds)} for {model.name}" for model, found in group if found.seconds]
-                ),
-            }
-            for group in groups
-        ]
-    }
+    return {"groups": grouped(done, draw)} if done else None
 
 
 def _ruler_group(group: Group[Ruler]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Line charts, bars and shares as SVG, drawn to be read at the width they are given in pixels."""
+"""Line charts and bars as SVG, drawn to be read at the width they are given in pixels."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,13 +62,6 @@ class Bars:
     heading: str
     bars: Sequence[Bar]
     result: str = ""
-
-
-@dataclass(frozen=True)
-class Share:
-    label: str
-    tone: str
-    value: float
 
 
 def at_both_widths(draw: Callable[[int], str]) -> dict[str, str]:
@@ -136,34 +129,6 @@ def bar_chart(groups: Sequence[Bars], *, width: int, description: str) -> str:
                 drawing.add("rect", x=named, y=y, width=length, height=17, rx=2, class_=f"{bar.tone} fill")
             drawing.text(named + length + 6, y + 13, bar.text)
         top += height
-    return str(drawing)
-
-
-def share_chart(parts: Sequence[Share], trained: str, rest: Share, *, width: int, description: str) -> str:
-    """A bar of `parts` (as one, named `trained`) and `rest`, and below it, widened, the parts on their own."""
-    drawing = Drawing(width, 128, description)
-    size = sum(part.value for part in parts)
-    cut = max(3.0, width * size / (size + rest.value))
-    drawing.add("polygon", points=f"0,44 {cut:.1f},44 {width},80 0,80", class_="zoom")
-    drawing.add("rect", x=0, y=18, width=cut, height=26, class_="ink-fill")
-    drawing.add("rect", note=rest.label, x=cut, y=18, width=max(width - cut, 0), height=26, class_=rest.tone)
-    drawing.text(width, 12, rest.label, "end")
-    drawing.text(0, 12, trained)
-    start = 0.0
-    for part in parts:
-        stop = start + width * part.value / size
-        drawing.add(
-            "rect",
-            note=part.label,
-            x=start,
-            y=80,
-            width=max(stop - start - 1, 0.5),
-            height=26,
-            class_=f"{part.tone} fill",
-        )
-        if text_width(part.label) <= stop - start:  # a sliver's name is left to the table
-            drawing.text(start, 122, part.label)
-        start = stop
     return str(drawing)
 
 

@@ -1,12 +1,13 @@
 """Passkeys, topics and lines found: tables with coloured squares, all on one scale, and what each model was asked."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from longlora.evaluation.statistics import Estimate, share
 from longlora.report import wording
 from longlora.report.reading import Content, Evaluated
-from longlora.report.ways import alike, difference, in_words, way_of
+from longlora.report.ways import grouped
 from longlora.results import RETRIEVALS, Answered, Retrieval
 
 TITLES = {
@@ -33,14 +34,8 @@ def retrieval(models: Sequence[Evaluated]) -> Content | None:
     for task in RETRIEVALS:
         asked = [(model, model.retrievals[task]) for model in models if task in model.retrievals]
         if asked:
-            groups = alike(asked, lambda each: way_of(each[1]))
-            tasks.append(
-                {
-                    "title": TITLES[task],
-                    "explained": EXPLAINED[task],
-                    "groups": [_group(task, group, groups[0]) for group in groups],
-                }
-            )
+            groups = grouped(asked, partial(_group, task))
+            tasks.append({"title": TITLES[task], "explained": EXPLAINED[task], "groups": groups})
     return {"tasks": tasks} if tasks else None
 
 
@@ -51,22 +46,16 @@ def found_at(retrieval: Retrieval, context: int) -> Estimate | None:
     return share(sum((cell.accuracy or 0) * cell.trials for cell in cells) / trials, trials) if trials else None
 
 
-def _group(task: str, group: Sequence[Asked], first: Sequence[Asked]) -> dict[str, Any]:
+def _group(task: str, group: Sequence[Asked]) -> dict[str, Any]:
     draw = _by_depth if task == "passkey" else _by_number
-    way, usual = way_of(group[0][1]), way_of(first[0][1])
     return {
         "panels": draw(task, group),
-        "way": in_words(way),
         "lengths": _lengths(task, group),
-        "apart": difference(way, usual) if group is not first else "",
         "skipped": [
             f"{model.name}: {count:,} of {_asked(found) + count:,} prompts do not fit with their answers"
             for model, found in group
             if (count := sum(cell.skipped for cell in found.results))
         ],
-        "seconds": wording.listed(
-            [f"{wording.duration(found.seconds)} for {model.name}" for model, found in group if found.seconds]
-        ),
     }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from longlora.report import wording
 from longlora.report.axes import Axis, drawable, linear_axis, measured_axis, step_axis
-from longlora.report.charts import Bar, Bars, Line, Point, Share, at_both_widths, bar_chart, line_chart, share_chart
+from longlora.report.charts import Bar, Bars, Line, Point, at_both_widths, bar_chart, line_chart
 from longlora.report.reading import Content, Recorded, at, rows
 from longlora.results import number, whole
 
@@ -128,25 +128,21 @@ def trainable(run: Recorded) -> Content:
     total, trained = run.whole("trainable", "parameters"), sum(counts.values())
     if not counts or not total or trained > total:
         return "What trained: the run has no summary of its parameters."
-    frozen = total - trained
     rates = _rates(run)
-    parts = [
-        Share(_PARTS.get(name, name), f"tone-{(0, 2, 3, 4, 5)[index % 5]}", count)
+    bars = [
+        Bar(_PARTS.get(name, name), f"tone-{(0, 2, 3, 4, 5)[index % 5]}", count, wording.whole(count))
         for index, (name, count) in enumerate(counts.items())
     ]
-    rest = Share(f"frozen {wording.percent(frozen / total)}", "rest", frozen)
-    named = f"trained {wording.percent(trained / total)}"
-    description = f"{named}: {', '.join(f'{part.label} {wording.whole(part.value)}' for part in parts)}; {rest.label}"
-
-    def draw(width: int) -> str:
-        return share_chart(parts, named, rest, width=width, description=description)
-
+    groups = [Bars(f"{wording.percent(trained / total)} of the parameters", bars)]
+    description = f"Trained, {groups[0].heading}: {', '.join(f'{bar.label} {bar.text}' for bar in bars)}"
     return {
-        "chart": at_both_widths(draw) if frozen else None,
-        "rows": [(part, part.value / total, rates.get(name)) for part, name in zip(parts, counts, strict=True)],
+        "chart": at_both_widths(lambda width: bar_chart(groups, width=width, description=description)),
+        "rows": [
+            (bar, count / total, rates.get(name)) for bar, (name, count) in zip(bars, counts.items(), strict=True)
+        ],
         "total": total,
         "trained": trained,
-        "frozen": frozen,
+        "frozen": total - trained,
         "rates": bool(rates),
     }
 

@@ -1,12 +1,15 @@
 """Which measurements may stand in one figure: those made in the same way; of the others it is said what differs."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from longlora.report.wording import listed, spread, whole
+from longlora.report.reading import Evaluated, Kind
+from longlora.report.wording import duration, listed, spread, whole
 from longlora.results import LongPPL, Result, Retrieval, Ruler, Short
 
 Thing = TypeVar("Thing")
+
+Group = Sequence[tuple[Evaluated, Kind]]
 
 Way = Mapping[str, str]
 """What must be the same for two measurements to be compared: a name and a value in words."""
@@ -73,6 +76,24 @@ def alike(things: Sequence[Thing], way: Callable[[Thing], Way]) -> list[list[Thi
         else:
             groups.append([thing])
     return sorted(groups, key=len, reverse=True)
+
+
+def grouped(
+    done: Sequence[tuple[Evaluated, Kind]], draw: Callable[[Group[Kind]], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What `draw` makes of the models that were measured alike, with how, and why they stand apart from the first."""
+    groups = alike(done, lambda each: way_of(each[1]))
+    return [
+        draw(group)
+        | {
+            "way": in_words(way_of(group[0][1])),
+            "apart": difference(way_of(group[0][1]), way_of(groups[0][0][1])) if group is not groups[0] else "",
+            "seconds": listed(
+                [f"{duration(found.seconds)} for {model.name}" for model, found in group if found.seconds]
+            ),
+        }
+        for group in groups
+    ]
 
 
 def in_words(way: Way) -> str:

@@ -4,36 +4,14 @@ Every cell trains on the same rows with the same new weights (those of its seed)
 Gaps to full attention are taken seed by seed, so what a seed does to both cancels out.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from longlora.reproduction.cells import Cell
 from longlora.reproduction.entries import Entry, Figure, Ratio, Row, Size, Table
 from longlora.reproduction.measuring import RECALL_PLACES, copy_edges
-from longlora.settings import AttentionSettings, ExtendSettings, PatternOptions
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to train: its attention, what trains where it is not the usual, and its share of the steps."""
-
-    name: str
-    label: str
-    attention: AttentionSettings
-    train: tuple[str, ...] | None = None
-    steps: float = 1.0
-    trained: bool = True
-
-    def cell(self, base: ExtendSettings, seed: int) -> Cell:
-        """The cell of this method with `seed`; model, data, context and steps are those of `base`."""
-        training = replace(base.training, seed=seed, steps=max(1, round(base.training.steps * self.steps)))
-        trainable = base.trainable
-        if self.train is not None:
-            trainable = replace(trainable, train=self.train)
-            training = replace(training, norm_lr=None, embed_lr=None)
-        settings = replace(base, attention=self.attention, trainable=trainable, training=training)
-        return Cell(self.name, self.label, settings)
+from longlora.reproduction.ways import Method
+from longlora.settings import AttentionSettings, PatternOptions
 
 
 def methods(context: int, steps: int) -> dict[str, Method]:
@@ -77,10 +55,10 @@ def methods(context: int, steps: int) -> dict[str, Method]:
         "shift-rotating": found["shift-rotating"],
     }
     return {
-        name: Method(name, label, attention, steps=0.5 if name == "full-half" else 1.0)
+        name: Method(name=name, label=label, attention=attention, steps=0.5 if name == "full-half" else 1.0)
         for name, (label, attention) in found.items()
     } | {
-        f"lora-{name}": Method(f"lora-{name}", f"LoRA alone: {label}", attention, train=("lora",))
+        f"lora-{name}": Method(name=f"lora-{name}", label=f"LoRA alone: {label}", attention=attention, train=("lora",))
         for name, (label, attention) in lora.items()
     }
 

@@ -5,7 +5,7 @@ evaluation/MEASURE.json, MEASURE-N.json    one measurement, made once
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,7 @@ def _recall(model: Any, data: Data, settings: ExtendSettings, _: str) -> Json:
     context = settings.positions.context
     distances = [context * places // 16 for places in RECALL_PLACES]
     found = recall(model, data.held_out, distances, PASSAGES, settings.training.seed, context)
-    return {"recall": [point.to_dict() for point in found]}
+    return {"recall": [asdict(point) for point in found]}
 
 
 def _recalled(document: Json, distance: str) -> float:
@@ -87,7 +87,7 @@ def _copies(model: Any, data: Data, settings: ExtendSettings, _: str) -> Json:
     """Perplexity at the target context, windows sliding by a quarter, by the distance of the nearest copy."""
     context = settings.positions.context
     found = perplexity_by_distance(model, _long(data, context, DOCUMENTS), context, context // 4, copy_edges(context))
-    return {"by_distance": [sort.to_dict() for sort in found]}
+    return {"by_distance": [asdict(sort) for sort in found]}
 
 
 def copy_edges(context: int) -> list[int]:

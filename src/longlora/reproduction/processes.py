@@ -9,8 +9,8 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnContext, SpawnProcess
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
@@ -33,88 +33,62 @@ def in_processes(todo: Sequence[Any], work: Callable[[Any], None], jobs: int, mi
 
     Raises:
         UserError: a process was killed.
-        Exception: whatever `work` met, with its traceback as a note.
+        Exception: whatever `work` met, with its traceback as the cause.
     """
     if not todo:
         return
-    context = multiprocessing.get_context("spawn")
-    began = time.monotonic()
+    context, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // jobs)
+    began, done = time.monotonic(), 0
     waiting, free = deque(todo), list(range(jobs))
-    running: dict[Connection, tuple[Any, SpawnProcess, int]] = {}
-    done = 0
+    running: dict[Future[None], tuple[Any, int, ProcessPoolExecutor]] = {}
     with Progress("cells", "cells", len(todo)) as progress:
         try:
             while waiting or running:
                 while waiting and free and (minutes is None or time.monotonic() - began < 60 * minutes):
                     item, place = waiting.popleft(), free.pop(0)
-                    answer, process = _start(context, work, item, place, jobs)
-                    running[answer] = (item, process, place)
+                    process = ProcessPoolExecutor(1, context, _begin, (place, threads))  # one for one piece of work
+                    running[process.submit(_sendable, work, item)] = (item, place, process)
                 if not running:
                     return
-                wait(list(running))
-                for answer in [one for one in running if one.poll()]:
-                    item, process, place = running[answer]
-                    error = _answer(answer, item, process)
-                    del running[answer]
-                    if error is not None:
-                        raise error
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    item, place, process = running[future]
+                    try:
+                        future.result()
+                    except BrokenProcessPool as error:
+                        raise UserError(
+                            f"the process of {item.label} was killed: where memory ran out, give fewer --jobs or a "
+                            "shorter --context. The same command goes on from its last checkpoint."
+                        ) from error
+                    process.shutdown()
+                    del running[future]
                     free.append(place)
                     done += 1
                     logger.info("finished %s (%d of %d)", item.label, done, len(todo))
                     progress.show(done, f"{done} of {len(todo)} finished")
         finally:
-            for _, process, _ in running.values():
-                process.terminate()
-            for _, process, _ in running.values():
-                process.join()
+            if running:
+                for child in multiprocessing.active_children():
+                    child.terminate()
+            for _, _, process in running.values():
+                process.shutdown()
 
 
-def _start(
-    context: SpawnContext, work: Callable[[Any], None], item: Any, place: int, jobs: int
-) -> tuple[Connection, SpawnProcess]:
-    answer, theirs = context.Pipe(duplex=False)
-    threads = max(1, torch.get_num_threads() // jobs)
-    process = context.Process(target=_work, args=(theirs, work, item, place, threads))
-    process.start()
-    theirs.close()  # so that the end of the process is the end of the pipe
-    return answer, process
-
-
-def _answer(answer: Connection, item: Any, process: SpawnProcess) -> Exception | None:
-    """What the process met, None where it did its work; it is waited for."""
-    try:
-        error: Exception | None = answer.recv()
-    except EOFError:
-        process.join()
-        return UserError(
-            f"the process of {item.label} was killed (exit status {process.exitcode}): where memory ran out, give "
-            "fewer --jobs or a shorter --context. The same command goes on from its last checkpoint."
-        )
-    process.join()
-    return error
-
-
-def _work(answer: Connection, work: Callable[[Any], None], item: Any, place: int, threads: int) -> None:
-    """The whole life of a process: its GPU, its share of the cores, its log, and its piece of work."""
+def _begin(place: int, threads: int) -> None:
+    """In a new process: its GPU, its share of the cores, its log."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the processes
     if torch.cuda.device_count() > 1:
         os.environ["LOCAL_RANK"] = str(place % torch.cuda.device_count())
     torch.set_num_threads(threads)
     quiet_libraries()
+
+
+def _sendable(work: Callable[[Any], None], item: Any) -> None:
+    """`work` on `item`; an error that would not survive being sent is raised as what it says."""
     try:
         work(item)
     except Exception as error:
-        if not isinstance(error, UserError):
-            error.add_note(f"in the process of {item.label}:\n{traceback.format_exc()}")
-        answer.send(_sendable(error))
-    else:
-        answer.send(None)
-
-
-def _sendable(error: Exception) -> Exception:
-    """The error itself where it survives being sent, else what it says."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError("\n".join([repr(error), *getattr(error, "__notes__", ())]))
-    return error
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            raise RuntimeError(f"{error!r}\n{traceback.format_exc()}") from error
+        raise

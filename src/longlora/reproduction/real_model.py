@@ -28,9 +28,11 @@ from longlora.evaluation.ruler import evaluate_ruler
 from longlora.evaluation.statistics import Estimate
 from longlora.model.precision import quick_training_dtype
 from longlora.reproduction.base import about, base_settings, refuse_mistakes, window_of
-from longlora.reproduction.cells import Cell, finished, train_cell
+from longlora.reproduction.cells import Cell, finished
 from longlora.reproduction.page import write_result
 from longlora.reproduction.real_model_page import numbers, page_text, sentences, tables
+from longlora.reproduction.table_runs import Job, run_job
+from longlora.reproduction.ways import Method
 from longlora.run_directory import RunDirectory
 from longlora.settings import (
     AttentionSettings,
@@ -60,60 +62,41 @@ BEST_SHARE = 1 / 3
 """Of the layers, drawn anew for each pass, that train with full attention in `--recipe best`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One way to make the model longer."""
-
-    label: str
-    method: str
-    stretch: int = 1
-    """Positions are stretched for this many times the context."""
-
-    attention: AttentionSettings | None = None
-    """While training; None where nothing is trained."""
-
-    steps: float = 1.0
-    """Share of the study's steps."""
-
-    mix: tuple[str, ...] = ()
-
-
-def arms(context: int, steps: int) -> dict[str, Arm]:
+def arms(context: int, steps: int) -> dict[str, Method]:
     """The study's arms by name, in the order in which they run."""
     group, last = context // 4, max(1, steps // 10)
     full = AttentionSettings(pattern="full", group_size=group)
     shift = AttentionSettings(pattern="shift", group_size=group)
     best = replace(shift, full_layers_share=BEST_SHARE)
     pairs = BEST_SHARE + (1 - BEST_SHARE) / 4  # of full attention's, as groups of a quarter take a quarter of them
-    found = {
-        "base": Arm(label="as it is", method="none"),
-        "yarn": Arm(label="YaRN, not trained", method="yarn"),
-        "ntk": Arm(label="NTK, not trained", method="ntk"),
-        "ntk-twice": Arm(label="NTK for twice the context, not trained", method="ntk", stretch=2),
-        "llama3": Arm(label="Llama 3's rule, not trained", method="llama3"),
-        "linear": Arm(label="Position Interpolation, not trained", method="linear"),
+    untrained = {
+        "base": ("as it is", "none", 1),
+        "yarn": ("YaRN, not trained", "yarn", 1),
+        "ntk": ("NTK, not trained", "ntk", 1),
+        "ntk-twice": ("NTK for twice the context, not trained", "ntk", 2),
+        "llama3": ("Llama 3's rule, not trained", "llama3", 1),
+        "linear": ("Position Interpolation, not trained", "linear", 1),
     }
-    for method, said in (("yarn", "YaRN"), ("ntk", "NTK")):
-        found |= {
-            f"{method}-best": Arm(label=f"{said}, a third of the layers full", method=method, attention=best),
-            f"{method}-full": Arm(label=f"{said}, full attention", method=method, attention=full),
-            f"{method}-shift": Arm(label=f"{said}, S²", method=method, attention=shift),
-            f"{method}-full-pairs": Arm(
-                label=f"{said}, full attention, as many pairs", method=method, attention=full, steps=pairs
-            ),
-            f"{method}-best-last": Arm(
-                label=f"{said}, a third full, last {last} steps full",
-                method=method,
-                attention=replace(best, full_attention_steps=last),
-            ),
-            f"{method}-best-mix": Arm(
-                label=f"{said}, a third full, 60% long documents",
-                method=method,
-                attention=best,
-                mix=("long=0.6", "short=0.4"),
-            ),
-        }
-    return found
+    trained: dict[str, tuple[str, dict[str, Any]]] = {
+        "best": ("a third of the layers full", {"attention": best}),
+        "full": ("full attention", {"attention": full}),
+        "shift": ("S²", {"attention": shift}),
+        "full-pairs": ("full attention, as many pairs", {"attention": full, "steps": pairs}),
+        "best-last": (
+            f"a third full, last {last} steps full",
+            {"attention": replace(best, full_attention_steps=last)},
+        ),
+        "best-mix": ("a third full, 60% long documents", {"attention": best, "mix": ("long=0.6", "short=0.4")}),
+    }
+    found = [
+        Method(name=name, label=label, attention=None, method=method, stretch=stretch)
+        for name, (label, method, stretch) in untrained.items()
+    ] + [
+        Method(name=f"{method}-{name}", label=f"{said}, {label}", method=method, **chosen)
+        for method, said in (("yarn", "YaRN"), ("ntk", "NTK"))
+        for name, (label, chosen) in trained.items()
+    ]
+    return {arm.name: arm for arm in found}
 
 
 @dataclass(frozen=True)
@@ -124,21 +107,12 @@ class Study:
     window: int
     base: ExtendSettings
     folder: Path
-    known: Mapping[str, Arm]
+    known: Mapping[str, Method]
 
     def cell(self, name: str) -> Cell:
         """The training of an arm as a cell, placed."""
-        arm, base = self.known[name], self.base
-        assert arm.attention is not None
-        settings = replace(
-            base,
-            output=str(self.folder / "arms" / name),
-            positions=replace(base.positions, method=arm.method),
-            attention=arm.attention,
-            corpus=replace(base.corpus, packing="isolate" if arm.mix else base.corpus.packing, mix=arm.mix),
-            training=replace(base.training, steps=max(1, round(base.training.steps * arm.steps))),
-        )
-        return Cell(name, arm.label, settings)
+        cell = self.known[name].cell(self.base, self.base.training.seed)
+        return replace(cell, settings=replace(cell.settings, output=str(self.folder / "arms" / name)))
 
     def result_file(self, name: str, measure: str) -> Path:
         """The document of a measurement."""
@@ -149,7 +123,7 @@ class Study:
         arm, context = self.known[name], self.base.positions.context
         dtype = self.base.training.dtype
         own = {"output": str(self.result_file(name, "").parent), "resume": True, "json": True, "dtype": dtype}
-        if arm.attention is not None:
+        if arm.trained:
             return own | {"models": (str(self.folder / "arms" / name),)}
         return own | {"models": (self.settings.model,), "extend_to": context * arm.stretch, "method": arm.method}
 
@@ -241,15 +215,8 @@ def _study(settings: ReproduceSettings) -> Study:
 
 def _trained(study: Study, name: str) -> None:
     """Train the arm where that is not done, going on from its last checkpoint."""
-    if study.known[name].attention is None:
-        return
-    cell = study.cell(name)
-    if finished(cell) is not None:
-        return
-    run = RunDirectory(cell.settings.output)
-    with run.locked():
-        _, _, result = train_cell(cell, run)
-        run.write_evaluation("cell", result)
+    if study.known[name].trained and finished(cell := study.cell(name)) is None:
+        run_job(Job(cell, ()))
 
 
 def _write(study: Study, left: Sequence[str], missing: Sequence[str]) -> dict[str, Any]:
@@ -277,9 +244,9 @@ def _write(study: Study, left: Sequence[str], missing: Sequence[str]) -> dict[st
 def _entry(study: Study, name: str, found: Mapping[str, Mapping[str, Document]]) -> dict[str, Any]:
     arm = study.known[name]
     entry: dict[str, Any] = {"name": name, "label": arm.label, "training": None, "pairs": None}
-    if arm.attention is not None and (result := RunDirectory(study.folder / "arms" / name).read_evaluation("cell")):
+    if arm.trained and (result := RunDirectory(study.folder / "arms" / name).read_evaluation("cell")):
         entry |= {"training": result["training"], "pairs": result["attention_cost"]["pairs"]}
-    other = f"{arm.method}-full" if arm.attention is not None else "base"
+    other = f"{arm.method}-full" if arm.trained else "base"
     for measure, document in found[name].items():
         before = found.get(other, {}).get(measure)
         changes: Mapping[int, Estimate] = {}

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from longlora.evaluation.results import in_words
+from longlora.evaluation.statistics import Estimate
 from longlora.tables import markdown
 
 MEASURES = ("perplexity", "passkey", "ruler")
@@ -43,10 +45,8 @@ def _figure(point: Mapping[str, Any]) -> str:
 def _change(change: Mapping[str, Any] | None, measure: str) -> str:
     if change is None:
         return ""
-    unit = "%" if measure == "perplexity" else " points"
-    if change["low"] is None:
-        return f"{100 * change['value']:+.1f}{unit}, not judged"
-    return f"{100 * change['value']:+.1f}{unit} ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})"
+    said = in_words(Estimate(**change), "%" if measure == "perplexity" else " points")
+    return said if change["low"] is not None else f"{said}, not judged"
 
 
 def sentences(document: Mapping[str, Any]) -> list[str]:

@@ -100,3 +100,49 @@ class Way:
 def _times(rate: float, factor: float) -> float:
     """The product without the last digits of its rounding, which would stand in every settings.yaml."""
     return float(f"{rate * factor:.6g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How a study makes one model longer; what is not said here is the base settings'."""
+
+    name: str
+    label: str
+    attention: AttentionSettings | None
+    """While training; None where nothing is trained."""
+
+    train: tuple[str, ...] | None = None
+    """What trains, all at one rate."""
+
+    steps: float = 1.0
+    """Share of the base settings' steps."""
+
+    method: str | None = None
+    """How positions are stretched."""
+
+    stretch: int = 1
+    """Positions are stretched for this many times the context."""
+
+    mix: tuple[str, ...] = ()
+
+    @property
+    def trained(self) -> bool:
+        return self.attention is not None
+
+    def cell(self, base: ExtendSettings, seed: int) -> Cell:
+        """The cell of this method with `seed`; model, data, context and steps are those of `base`."""
+        assert self.attention is not None
+        training = replace(base.training, seed=seed, steps=max(1, round(base.training.steps * self.steps)))
+        trainable = base.trainable
+        if self.train is not None:
+            trainable = replace(trainable, train=self.train)
+            training = replace(training, norm_lr=None, embed_lr=None)
+        settings = replace(
+            base,
+            positions=replace(base.positions, method=self.method or base.positions.method),
+            attention=self.attention,
+            corpus=replace(base.corpus, packing="isolate" if self.mix else base.corpus.packing, mix=self.mix),
+            trainable=trainable,
+            training=training,
+        )
+        return Cell(self.name, self.label, settings)

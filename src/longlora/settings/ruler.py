@@ -12,11 +12,6 @@ RULER_BARS = {True: 85.6, False: 79.4}
 Llama-2-7B at 4k for base models (its appendix)."""
 
 
-def _without_server(settings: RetrievalSettings) -> None:
-    if settings.server is not None:
-        raise UserError("--server answers passkey, topics and lines, not lm-eval's tasks: leave it out.")
-
-
 @dataclass(frozen=True, kw_only=True)
 class RulerSettings(RetrievalSettings):
     """RULER's synthetic tasks at any lengths, and the effective length (arXiv 2404.06654); needs `longlora[eval]`."""
@@ -39,7 +34,6 @@ class RulerSettings(RetrievalSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _without_server(self)
         self.bar(chat=True)
 
     def bar(self, chat: bool) -> float | None:
@@ -84,6 +78,5 @@ class EvaluateTasksSettings(RetrievalSettings):
         if not self.tasks:
             raise UserError("--tasks is missing: name tasks of lm-eval, such as longbench_qasper or hellaswag.")
         super().__post_init__()
-        _without_server(self)
         if self.seed:
             raise UserError("--seed has no effect on lm-eval's tasks, which have seeds of their own: leave it out.")
