@@ -20,6 +20,8 @@ def note(item: Item, wrong: str) -> None:
         item.file.write_text("begun")
         time.sleep(0 if item.label == "0" else 600)
     elif "mistake" in wrong:
+        while item.label != "0" and not item.file.with_name("0").exists():
+            time.sleep(0.01)
         raise UserError("--steps is 0.")
     elif "killed" in wrong:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -78,7 +78,7 @@ def test_arms_are_run_once_and_compared_on_one_text(documents, tmp_path, small, 
     def again(*_):
         raise AssertionError("a finished arm is not run again")
 
-    monkeypatch.setattr(study, "train_cell", again)
+    monkeypatch.setattr(study, "run_job", again)
     monkeypatch.setattr(study, "MEASURES", dict.fromkeys(("perplexity", "passkey"), again))
     assert reproduce(settings(documents, tmp_path, only=only))["arms"] == made["arms"]
 
