@@ -9,6 +9,7 @@ from attention_oracle import cut_of_head, sees
 from transformers import AutoConfig
 
 from longlora import cli
+from longlora.bench import correctness
 from longlora.bench import memory as memory_bench
 from longlora.bench import step as step_bench
 from longlora.bench import trainers
@@ -187,10 +188,8 @@ def test_a_gradient_that_is_not_plains_is_refused(shape, monkeypatch):
 
 
 def test_attention_that_is_not_the_pattern_is_refused(shape, monkeypatch):
-    right = step_bench.shifted_attention
-    monkeypatch.setattr(
-        step_bench, "shifted_attention", lambda q, k, v, **named: right(q, k, v, **(named | {"group_size": 21}))
-    )
+    right = correctness.shifted_attention
+    monkeypatch.setattr(correctness, "shifted_attention", lambda q, k, v, _, **named: right(q, k, v, 21, **named))
     with pytest.raises(UserError, match=r"--pattern shift is computed wrongly at 75 tokens in groups of 20"):
         bench_step(settings(shape))
 
