@@ -9,10 +9,9 @@ from attention_oracle import cut_of_head, sees
 from transformers import AutoConfig
 
 from longlora import cli
-from longlora.bench import correctness
+from longlora.bench import correctness, trainers
 from longlora.bench import memory as memory_bench
 from longlora.bench import step as step_bench
-from longlora.bench import trainers
 from longlora.bench.memory import bench_memory
 from longlora.bench.step import Cost, bench_step, read_config
 from longlora.bench.trainers import Taken, Way, make_ways, random_rows
