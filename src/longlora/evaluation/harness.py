@@ -239,10 +239,11 @@ def run_tasks(
                 system_instruction=system,
                 task_manager=TaskManager(include_defaults=False),  # the tasks are loaded: no need to index them all
             )
-    except (ClientError, TimeoutError, LookupError, NotImplementedError) as error:
+    except (ClientError, TimeoutError, LookupError, TypeError) as error:
         if isinstance(lm, ServedModel):
             raise UserError(
-                f"{lm.base_url} did not answer lm-eval's requests: {error or type(error).__name__}."
+                f"{lm.base_url} did not answer lm-eval's requests ({type(error).__name__}: {error}): tasks "
+                "that score given answers need a server that tells the log-probabilities of a prompt."
             ) from error
         raise
     rows, samples = ranks.first_alone(lambda: (_rows(found), found["samples"]))
