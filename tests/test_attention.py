@@ -187,5 +187,5 @@ def test_heads_that_share_keys_leave_no_thread_of_a_cpu_idle(pattern, monkeypatc
     plans = plan((((0, 4096),),), 4096, 8, 2, 512, pattern)
     calls = list(block_attention._calls(plans, FlashKernel(1.0), torch.device("cpu"), 0, None))
     units = [call.part.count * (call.key_heads.stop - call.key_heads.start) for call in calls]
-    assert min(units) >= 2
+    assert units.count(1) <= 1  # seven blocks in twos
     assert (len(calls) == 1) == (pattern == "full")  # whose one result needs no place to be copied to
