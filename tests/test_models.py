@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -16,6 +17,7 @@ from tiny_runs import FACTOR, disturb, extend, logits, make_run, save_base
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from longlora.errors import UserError
+from longlora.model import precision
 from longlora.model.adapters import add_adapters, merge_adapters
 from longlora.model.loading import load, load_config, load_tokenizer
 from longlora.model.saving import save_adapter
@@ -34,6 +36,22 @@ def run(base: Path, tiny_tokenizer: Any, tmp_path: Path) -> Path:
     tokenizer.model_max_length = 64
     make_run(tmp_path / "run", base, tokenizer)
     return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("computes", "free", "dtype"),
+    [(False, 2**40, torch.float32), (True, 2**40, torch.bfloat16), (False, 2**10, torch.bfloat16)],
+)
+def test_a_model_is_turned_to_what_the_cpu_computes_where_it_fits(
+    tiny_model: Any, monkeypatch: Any, computes: bool, free: int, dtype: torch.dtype
+) -> None:
+    memory = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(precision, "psutil", memory)
+    monkeypatch.setattr(precision, "cpu_computes", lambda asked: computes or asked == torch.float32)
+    model = tiny_model("llama").bfloat16()
+    precision.to_quick_dtype(model)
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
+    assert model.dtype == dtype
 
 
 def edit_json(path: Path, **fields: Any) -> None:

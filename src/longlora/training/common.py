@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ from longlora.model.adapters import trainable_summary
 from longlora.model.lm_head import unwrapped
 from longlora.model.loading import load
 from longlora.model.memory_saving.in_the_model import save_memory_in
+from longlora.model.precision import cpu_computes
 from longlora.model.sequence_parallel import refuse_sequence_parallel
 from longlora.model.stopping import stop_at_end_of_turn
 from longlora.planner.choosing import MemoryNeed, choose_memory
@@ -99,6 +101,10 @@ def load_for_training(
         goes_on: with its adapter, which is to train further; else it comes plain, an adapter folded in.
     """
     loading = settings.loading
+    if not torch.cuda.is_available() and not cpu_computes(getattr(torch, settings.training.dtype)):
+        logger.info(
+            "this CPU has no arithmetic of %s: --dtype float32 is several times faster", settings.training.dtype
+        )
     model, tokenizer = load(
         settings.model,
         dtype=settings.training.dtype,
