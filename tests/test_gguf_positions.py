@@ -300,6 +300,58 @@ def test_a_file_gives_the_logits_of_the_model_it_was_made_from(name, tmp_path):
     assert present_context(config) == present_context(model.config)
 
 
+def header(path: Path, architecture: str, keys: dict[str, Any], tensors: dict[str, list[float]]) -> Path:
+    """What a config is read from, without the weights."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in keys.items():
+        add = {int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(f"{architecture}.{key}", value)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "b"])
+    for name, values in (tensors or {"output_norm.weight": [1.0]}).items():
+        writer.add_tensor(name, np.array(values, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+SHAPE = {
+    "context_length": 1024, "embedding_length": 64, "feed_forward_length": 96, "attention.head_count": 2,
+    "attention.head_count_kv": 1, "attention.layer_norm_rms_epsilon": 1e-6, "attention.sliding_window": 16,
+}  # fmt: skip
+
+
+def test_gemma4_has_wider_heads_that_see_all_and_turns_a_share_of_them(tmp_path):
+    """As llama.cpp writes it: heads of 64 of which a quarter turns, and heads of 32 in the local layers."""
+    keys = SHAPE | {
+        "block_count": 6, "attention.key_length": 64, "attention.key_length_swa": 32, "rope.dimension_count": 64,
+        "rope.dimension_count_swa": 32, "rope.freq_base": 2e6, "rope.freq_base_swa": 5000.0,
+    }  # fmt: skip
+    turning = {"rope_freqs.weight": [1.0] * 8 + [1e30] * 24}
+    config = load_config(header(tmp_path / "gemma4.gguf", "gemma4", keys, turning))
+    assert config.per_layer_config["sliding_attention"].head_dim == 32
+    assert config.per_layer_config["full_attention"].head_dim == 64
+    assert config.rope_parameters == {
+        "sliding_attention": rope(theta=5000.0),
+        "full_attention": rope("proportional", theta=2e6, partial_rotary_factor=0.25),
+    }
+    scaled = header(tmp_path / "scaled.gguf", "gemma4", keys | {"rope.scaling.factor": 4.0}, turning)
+    with pytest.raises(UserError, match="scaled positions beside"):
+        load_config(scaled)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers", "scalar"), [("gemma3", 62, 32), ("gemma2", 46, 32), ("gemma3", 34, 256)]
+)
+def test_the_largest_gemma_scales_its_softmax_otherwise(architecture, layers, scalar, tmp_path):
+    """27B: by the width divided by the heads (64 / 2), which is in no key; llama.cpp goes by the number of layers."""
+    keys = SHAPE | {"block_count": layers, "attention.key_length": 128, "rope.dimension_count": 128}
+    config = load_config(header(tmp_path / "gemma.gguf", architecture, keys, {}))
+    assert config.query_pre_attn_scalar == scalar
+
+
 def test_frequencies_of_their_own_and_a_factor_multiply(tmp_path):
     """As llama.cpp computes them: the angle is divided by the list, and then by the factor."""
     model, path = made("llama, its own frequencies", tmp_path)
@@ -334,6 +386,7 @@ def test_frequencies_that_came_in_a_file_are_stretched_further(method, tmp_path)
         ("llama, linear", {"rope.scaling.alpha": 1000.0}, {}, "rope.scaling.alpha = 1000.0"),
         ("llama, linear", {"rope.scaling.yarn_log_multiplier": 0.1}, {}, "yarn_log_multiplier"),
         ("qwen2, yarn with another attention", {"rope.dimension_count": 16}, {}, "heads of 32 of which 16 turn"),
+        ("llama, linear", {"rope.freq_base_swa": 777.0}, {}, "freq_base_swa = 777"),
         ("phi3, two lists", {}, {"rope_factors_long.weight": DIVISORS}, "without rope_factors_short"),
     ],
 )

@@ -27,6 +27,8 @@ from transformers import PreTrainedConfig
 
 from longlora.errors import UserError
 from longlora.model.rope import (
+    GLOBAL_LAYERS,
+    LOCAL_LAYERS,
     RopeParameters,
     accepts,
     divisors_of,
@@ -54,7 +56,7 @@ _LISTS = ("rope_factors_short.weight", "rope_factors_long.weight")
 _RAMP = ("beta_fast", "beta_slow")
 
 _UNDERSTOOD = {
-    *("freq_base", "freq_base_swa", "dimension_count", "dimension_sections", "scale_linear"),
+    *("freq_base", "dimension_count", "dimension_sections", "scale_linear"),
     *(f"scaling.{name}" for name in ("type", "factor", "attn_factor", "original_context_length", "finetuned")),
     *(f"scaling.yarn_{name}" for name in _RAMP),
 }
@@ -62,6 +64,9 @@ _UNDERSTOOD = {
 
 _NEUTRAL = {"scaling.yarn_ext_factor": 1.0, "scaling.yarn_attn_factor": 1.0, "scaling.yarn_log_multiplier": 0.0}
 """Values at which the keys not read here change nothing."""
+
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
+"""The size whose softmax is scaled by the width divided by the heads; the others go by the width of a head."""
 
 _STILL = 1e20
 """A divisor above this stands for no turning at all."""
@@ -154,19 +159,22 @@ def read_positions(config: PreTrainedConfig, file: Path) -> None:
             setattr(text, name, value)
         return
     keys = {key.removeprefix("rope."): value for key, value in stated.items() if key.startswith("rope.")}
-    neutral = _NEUTRAL | {"dimension_count_swa": head_dimension(text)}
+    neutral: dict[str, Any] = _NEUTRAL | {"dimension_count_swa": head_dimension(text, LOCAL_LAYERS)}
+    if not is_layered(text):
+        neutral["freq_base_swa"] = keys.get("freq_base")
     for key, value in keys.items():
-        if key not in _UNDERSTOOD and value != neutral.get(key):
+        if key not in _UNDERSTOOD and value != neutral.get(key) and not (key == "freq_base_swa" and is_layered(text)):
             raise _unreadable(file, f"{architecture}rope.{key} = {value}")
     tensors = load_gguf_state_dict(GgufHeader.from_file(str(file)))
     lists = {name: tensors[name][...].double().tolist() for name in (FREQUENCIES, *_LISTS) if name in names}
     if "freq_base_swa" in keys and is_layered(text):
-        local = "sliding_attention"
-        write_rope(text, text.rope_parameters[local] | {"rope_theta": keys["freq_base_swa"]}, local)
+        write_rope(text, text.rope_parameters[LOCAL_LAYERS] | {"rope_theta": keys["freq_base_swa"]}, LOCAL_LAYERS)
     rope = global_rope(text)
     if "freq_base" in keys:
         rope["rope_theta"] = keys["freq_base"]
     if rope["rope_type"] == "proportional":
+        if keys.get("scaling.type", "none") != "none" or keys.get("scaling.factor", 1.0) not in (0.0, 1.0):
+            raise _unreadable(file, "scaled positions beside those that turn a share of each head")
         _read_turned_share(rope, lists, file)
     else:
         _read_turned_width(text, rope, keys, file)
@@ -178,8 +186,16 @@ def _read_shape(config: PreTrainedConfig, stated: dict[str, Any]) -> None:
     """What decides which tokens a head sees, and how wide it is, where transformers passes over it."""
     if "attention.sliding_window" in stated and hasattr(config, "sliding_window"):
         config.sliding_window = stated["attention.sliding_window"] or None  # 0 is Phi-4's "none"
-    if "attention.key_length" in stated and "head_dim" in vars(config) and not hasattr(config, "global_head_dim"):
-        config.head_dim = stated["attention.key_length"]
+    widths = getattr(config, "rope_parameters", None) and {
+        head_dimension(config, layers) for layers in (GLOBAL_LAYERS, LOCAL_LAYERS)
+    }
+    # Gemma 4's local layers have narrower heads, and transformers reads those of the others
+    key_length = "attention.key_length_swa" if widths and len(widths) > 1 else "attention.key_length"
+    if key_length in stated and "head_dim" in vars(config):
+        config.head_dim = stated[key_length]
+    if config.num_hidden_layers == _LAYERS_OF_27B.get(config.model_type):
+        # which no file says, and llama.cpp tells by the layers, too
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
 
 
 def _read_turned_width(config: PreTrainedConfig, rope: RopeParameters, keys: dict[str, Any], file: Path) -> None:

@@ -15,6 +15,7 @@ its window too; counted from the declared window, their next factor would turn t
 trained to.
 """
 
+import contextlib
 import copy
 import math
 from typing import Any
@@ -28,7 +29,7 @@ from longlora.errors import UserError
 
 RopeParameters = dict[str, Any]
 
-GLOBAL_LAYERS = "full_attention"
+GLOBAL_LAYERS, LOCAL_LAYERS = "full_attention", "sliding_attention"
 """The one entry of layer-by-layer `rope_parameters` that sees the whole context; the others keep their RoPE."""
 
 _GROWING = ("yarn", "linear", "dynamic")
@@ -168,13 +169,17 @@ def write_rope(config: PreTrainedConfig, rope: RopeParameters, layer_type: str =
     config.rope_parameters = {**config.rope_parameters, layer_type: rope} if is_layered(config) else rope
 
 
-def head_dimension(config: PreTrainedConfig) -> int:
+def head_dimension(config: PreTrainedConfig, layers: str = GLOBAL_LAYERS) -> int:
+    """Of the layers of type `layers`, where they have widths of their own (Gemma 4)."""
+    if is_layered(config):
+        with contextlib.suppress(AttributeError, KeyError, ValueError):
+            config = config.per_layer_config[layers]
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def name_head_dimension(config: PreTrainedConfig) -> None:
     """Write out a `head_dim` of None (Mixtral), which the yarn, dynamic and longrope of transformers cannot read."""
-    if getattr(config, "head_dim", 0) is None:
+    if vars(config).get("head_dim", 0) is None:
         config.head_dim = head_dimension(config)
 
 
