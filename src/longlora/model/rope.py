@@ -18,7 +18,7 @@ trained to.
 import contextlib
 import copy
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -173,7 +173,7 @@ def head_dimension(config: PreTrainedConfig, layers: str = GLOBAL_LAYERS) -> int
     """Of the layers of type `layers`, where they have widths of their own (Gemma 4)."""
     if is_layered(config):
         with contextlib.suppress(AttributeError, KeyError, ValueError):
-            config = config.per_layer_config[layers]
+            config = cast(Any, config).per_layer_config[layers]
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
