@@ -11,24 +11,28 @@ import time
 
 import chat_tokenizers as tokenizers
 import numpy as np
+import pyarrow
 import pytest
 import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 from safetensors.torch import load_file
 from several_processes import together
 
 from longlora.attention.transformers_backend import use_shifted_attention
 from longlora.cli import main
 from longlora.corpus.conversations import ConversationFormat, Example
+from longlora.errors import UserError
 from longlora.longqa.pair_files import write_pairs
 from longlora.longqa.pairs import question_and_answer
 from longlora.model.adapters import add_adapters
 from longlora.model.lm_head import causal_lm_loss
 from longlora.run_directory import RunDirectory
+from longlora.settings import CorpusSettings
 from longlora.training.fine_tuning.answer_loss import answer_loss
-from longlora.training.fine_tuning.examples import Read, hold_out, read_examples
+from longlora.training.fine_tuning.examples import hold_out, read_examples
 from longlora.training.fine_tuning.packing import collate, pack_examples
 
 IGNORED = -100
@@ -65,9 +69,13 @@ def pairs_file(tmp_path_factory):
     return file
 
 
+def read_file(file, tokenizer, context, **options):
+    return read_examples(CorpusSettings(data=(str(file),)), ConversationFormat(tokenizer), context, **options)
+
+
 @pytest.fixture(scope="module")
 def examples(pairs_file):
-    return read_examples([str(pairs_file)], ConversationFormat(tokenizers.chatml()), 256).examples
+    return read_file(pairs_file, tokenizers.chatml(), 256).examples
 
 
 def command(model, pairs, output, **changes):
@@ -93,78 +101,118 @@ def command(model, pairs, output, **changes):
 
 def test_an_example_whose_answer_would_be_cut_is_left_out_and_named(tmp_path, caplog):
     pairs = [question_and_answer("word " * times + "?", "yes") for times in (1, 30, 2, 40)]
-    write_pairs(tmp_path / "pairs.jsonl", pairs)
+    file = tmp_path / "pairs.jsonl"
+    write_pairs(file, pairs)
     conversations = ConversationFormat(tokenizers.chatml())
     lengths = [len(conversations.example(pair.conversation()).tokens) for pair in pairs]
     for context in (lengths[1], lengths[1] - 1):  # the last token fits, or would be cut
-        read = read_examples([str(tmp_path / "pairs.jsonl")], conversations, context)
+        read = read_file(file, tokenizers.chatml(), context)
         kept = [number for number, length in enumerate(lengths, start=1) if length <= context]
-        assert [example.where for example in read.examples] == [f"line {number}" for number in kept]
+        assert [example.where for example in read.examples] == [f"{file}:{number}" for number in kept]
         assert read.facts()["too_long"] == {
             "pairs": 4 - len(kept),
-            "where": [f"line {number}" for number in (1, 2, 3, 4) if number not in kept],
+            "where": [f"{file}:{number}" for number in (1, 2, 3, 4) if number not in kept],
         }
         assert read.longest == max(lengths)
         assert all(example.answer_tokens == len(b"yes") + 1 for example in read.examples)
     assert "2 of 4 pairs do not fit" in caplog.text
-    assert "line 2, line 4" in caplog.text
+    assert f"{file}:2, {file}:4" in caplog.text
 
 
-def test_held_out_examples_are_whole_documents_drawn_by_the_seed(examples, pairs_file):
-    read = read_examples([str(pairs_file)], ConversationFormat(tokenizers.chatml()), 256)
+def test_held_out_examples_are_whole_documents_drawn_by_the_seed(pairs_file):
+    documents = read_file(pairs_file, tokenizers.chatml(), 256).documents
     drawn = []
     for seed in range(8):
-        training, held_out = hold_out(read, 0.25, seed)
-        assert len(training) + len(held_out) == 24
+        training, held_out = hold_out(documents, 0.25, seed)
+        assert sorted([*training, *held_out]) == list(range(24))
         assert len(held_out) == 6
-        kept = {id(example) for example in held_out}
-        sides: dict[str, set[bool]] = {}
-        for example, document in zip(read.examples, read.documents, strict=True):
-            sides.setdefault(document, set()).add(id(example) in kept)
-        assert all(len(side) == 1 for side in sides.values())
-        drawn.append(tuple(example.where for example in held_out))
-        assert drawn[-1] == tuple(example.where for example in hold_out(read, 0.25, seed)[1])
+        assert not set(documents[training]) & set(documents[held_out])
+        drawn.append(tuple(held_out))
+        assert drawn[-1] == tuple(hold_out(documents, 0.25, seed)[1])
     assert len(set(drawn)) > 1
-    assert hold_out(read, 0.0, 0)[1] == []
-    assert len(hold_out(read, 0.01, 0)[1]) == 2  # one document, the least there is
+    assert len(hold_out(documents, 0.0, 0)[1]) == 0
+    assert len(hold_out(documents, 0.01, 0)[1]) == 2  # one document, the least there is
 
 
-def test_questions_on_one_document_are_held_out_one_by_one(examples):
-    read = Read(examples=list(examples), documents=["the book"] * len(examples))
-    training, held_out = hold_out(read, 0.25, 0)
-    assert (len(training), len(held_out)) == (18, 6)
-    few = Read(examples=list(examples[:3]), documents=["a", "b", "c"])
-    assert hold_out(few, 0.1, 0)[1] == []
+def held_out_of(documents, share):
+    training, held_out = hold_out(np.array(list(documents)), share, 0)
+    assert sorted([*training, *held_out]) == list(range(len(documents)))
+    return len(held_out)
 
 
-def test_documents_with_many_questions_are_not_held_out_whole(examples, caplog):
+def test_questions_on_one_document_are_held_out_one_by_one():
+    assert held_out_of("a" * 24, 0.25) == 6
+    assert held_out_of("abc", 0.1) == 0
+
+
+def test_documents_with_many_questions_are_not_held_out_whole(caplog):
     """A sixteenth of the pairs was asked for: a whole document of two would be a half, one of six a sixth."""
-    two = Read(examples=list(examples), documents=["a"] * 12 + ["b"] * 12)
-    training, held_out = hold_out(two, 1 / 16, 0)
-    assert (len(training), len(held_out)) == (22, 2)
+    assert held_out_of("a" * 12 + "b" * 12, 1 / 16) == 2
     assert "the same are trained on and measured on" in caplog.text
     caplog.clear()
-    six = Read(examples=list(examples), documents=[name for name in "abcdef" for _ in range(4)])
-    assert len(hold_out(six, 1 / 16, 0)[1]) == 4
+    assert held_out_of("aaaabbbbccccddddeeeeffff", 1 / 16) == 4
     assert not caplog.text
 
 
-@pytest.mark.parametrize("documents", [["a"] * 24, [str(number) for number in range(24)]])
-def test_something_is_always_left_to_train_on(examples, documents):
-    training, held_out = hold_out(Read(examples=list(examples), documents=documents), 0.99, 0)
-    assert (len(training), len(held_out)) == (1, 23)
+@pytest.mark.parametrize("documents", ["a" * 24, "abcdefghijklmnopqrstuvwx"])
+def test_something_is_always_left_to_train_on(documents):
+    assert held_out_of(documents, 0.99) == 23
 
 
 def test_questions_are_grouped_by_how_the_prompt_begins(tmp_path):
     """LongAlpaca's records do not name their document."""
-    records = [{"instruction": f"{book * 300} Question {n}?", "output": "Yes."} for book in "abc" for n in range(3)]
-    (tmp_path / "alpaca.json").write_text(json.dumps(records))
-    read = read_examples([str(tmp_path / "alpaca.json")], ConversationFormat(tokenizers.chatml()), 4096)
-    assert len(set(read.documents)) == 9  # 300 characters are all of the prompt
-    records = [{"instruction": f"{book * 2500} Question {n}?", "output": "Yes."} for book in "abc" for n in range(3)]
-    (tmp_path / "alpaca.json").write_text(json.dumps(records))
-    read = read_examples([str(tmp_path / "alpaca.json")], ConversationFormat(tokenizers.chatml()), 4096)
-    assert len(set(read.documents)) == 3
+    for times, documents in ((300, 9), (2500, 3)):  # 300 characters are all of the prompt
+        records = [
+            {"instruction": f"{book * times} Question {n}?", "output": "Yes."} for book in "abc" for n in range(3)
+        ]
+        file = tmp_path / f"{times}.json"
+        file.write_text(json.dumps(records))
+        assert len(set(read_file(file, tokenizers.chatml(), 4096).documents)) == documents
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.json", "pairs.parquet"])
+def test_conversations_come_from_the_cache_as_they_were_made(tmp_path, monkeypatch, name):
+    """Also where a run ended at a record that is none; a template that rewrites answers makes two examples of one."""
+    tokenizer = tokenizers.chatml()
+    tokenizer.chat_template = tokenizers.FORGETFUL
+    said = ["Who?", "perhaps</think>A captain.", "Why?", "He is.", "Where?", "At sea."]
+    turns = [{"role": ("user", "assistant")[at % 2], "content": content} for at, content in enumerate(said)]
+    conversations = [turns[:4], turns[:2], [], turns]
+    records = [{"messages": each} for each in conversations]
+    if name.endswith(".jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    elif name.endswith(".json"):
+        (tmp_path / name).write_text(json.dumps(records))
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / name)
+    expected = [each for turns in conversations if turns for each in ConversationFormat(tokenizer).examples(turns)]
+    written = []
+    write = ConversationFormat.examples
+    monkeypatch.setattr(
+        ConversationFormat, "examples", lambda self, turns, **how: written.append(turns) or write(self, turns, **how)
+    )
+    with pytest.raises(UserError, match=rf"{name}', (line|record|row) 3: its roles are none.*--skip-malformed"):
+        read_file(tmp_path / name, tokenizer, 4096)
+    for _ in range(2):
+        corpus = CorpusSettings(data=(str(tmp_path / name),), skip_malformed=1)
+        read = read_examples(corpus, ConversationFormat(tokenizer), 4096)
+        assert len(written) == 3  # each once
+        assert (read.pairs, read.answers_without_loss) == (3, 0)
+        assert [example.where for example in read.examples] == [f"{tmp_path / name}:{n}" for n in (1, 1, 2, 4, 4)]
+        for ours, theirs in zip(read.examples, expected, strict=True):
+            assert ours.tokens.dtype == theirs.tokens.dtype
+            assert ours.tokens.tolist() == theirs.tokens.tolist()
+            assert ours.answers == theirs.answers
+
+
+def test_what_changes_examples_is_no_longer_found_in_the_cache(pairs_file, examples):
+    """The template, the format, and whether every answer is learned."""
+    tokenizer = tokenizers.chatml()
+    assert read_file(pairs_file, tokenizer, 256, every_answer=False).examples[0].answers == examples[0].answers
+    tokenizer.chat_template = tokenizer.chat_template.replace("\n", " ")
+    assert read_file(pairs_file, tokenizer, 256).examples[0].tokens.tolist() != examples[0].tokens.tolist()
+    inst = read_examples(CorpusSettings(data=(str(pairs_file),)), ConversationFormat(tokenizer, "inst"), 256).examples
+    assert tokenizer.decode(inst[0].tokens).startswith("[INST]")
 
 
 # ------------------------------------------------------------------------------------------------------- packing
@@ -315,7 +363,7 @@ def test_the_recorded_loss_of_the_first_step_is_that_of_the_examples_alone(base_
 
     model = AutoModelForCausalLM.from_pretrained(base_folder)
     conversations = ConversationFormat(AutoTokenizer.from_pretrained(base_folder))
-    fitting = read_examples([str(pairs_file)], conversations, 64).examples
+    fitting = read_examples(CorpusSettings(data=(str(pairs_file),)), conversations, 64).examples
     assert 0 < len(fitting) < 24
     with torch.no_grad():
         expected = sum(own_loss(model, each).item() for each in fitting) / sum(each.answer_tokens for each in fitting)
@@ -421,7 +469,7 @@ def test_the_originals_format_can_be_chosen_for_a_chat_model(base_folder, pairs_
     data = json.loads(capsys.readouterr().out)["data"]
     assert data["prompt_format"] == "inst"
     assert (data["examples"], data["held_out"], data["too_long"]["pairs"]) == (24, 4, 0)
-    assert data["held_out_too_long"] == {"pairs": 1, "where": ["line 5"]}
+    assert data["held_out_too_long"] == {"pairs": 1, "where": [f"{long}:5"]}
     asked = load_tokenizer(tmp_path / "run").apply_chat_template([{"role": "user", "content": "Who?"}], tokenize=False)
     assert asked == "[INST]Who?[/INST]"
 
@@ -457,7 +505,7 @@ def failing(words, capsys):
     ("changes", "sentence"),
     [
         ({"data": None}, "--data is missing: name the files of question-answer pairs"),
-        ({"data": "/nowhere.jsonl"}, "'/nowhere.jsonl' cannot be read"),
+        ({"data": "/nowhere.jsonl"}, "'/nowhere.jsonl' does not exist"),
         ({"context": 8}, "none of the 24 pairs"),
         ({"context": 1}, "--context is 1: it must be at least 2 tokens"),
         ({"context": 64, "method": "linear"}, "--method linear has no effect: 64 tokens fit the window"),

@@ -39,6 +39,8 @@ INST_TEMPLATE = (
 )
 """The original code's prompt (`prompt_llama2` in LongLoRA's inference.py) and its answer, which ends with EOS."""
 
+_LEARNED = np.uint32(1 << 31)
+
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 """Marks around a special token's letters in a user's text. Unicode keeps these two characters out of all texts."""
 
@@ -60,6 +62,21 @@ class Example:
     def answer_tokens(self) -> int:
         """Tokens that carry loss."""
         return sum(stop - start for start, stop in self.answers)
+
+    def marked(self) -> np.ndarray:
+        """(n,) uint32: the tokens, those that carry loss with the highest bit set."""
+        marked = self.tokens.astype(np.uint32)
+        for start, stop in self.answers:
+            marked[start:stop] |= _LEARNED
+        return marked
+
+    @classmethod
+    def unmarked(cls, marked: np.ndarray, where: str) -> "Example":
+        """The example of which `marked` is all that is known."""
+        learned = marked >= _LEARNED
+        borders = np.flatnonzero(np.diff(learned, prepend=False, append=False)).reshape(-1, 2)
+        answers = tuple((start, stop) for start, stop in borders.tolist())
+        return cls((marked & ~_LEARNED).astype(np.int32), answers, where)
 
     def labels(self, ignored: int) -> np.ndarray:
         """(n,) int64: the answers' tokens, and `ignored` elsewhere."""
@@ -123,7 +140,7 @@ class ConversationFormat:
             )
         return self._tokens([text])[0]
 
-    def examples(self, turns: Turns, where: str = "", *, every: bool = True, tools: Any = None) -> list[Example]:
+    def examples(self, turns: Turns, *, every: bool = True, tools: Any = None) -> list[Example]:
         """A conversation to train on, its last turn the assistant's, with loss on every answer or on the last.
 
         An answer before the last that the template rewrites once more turns follow (as templates do that take out
@@ -131,7 +148,6 @@ class ConversationFormat:
 
         Args:
             turns: the conversation.
-            where: its place in a file, for messages.
             every: loss on each answer of the assistant, else on the last alone.
             tools: descriptions of the tools that templates write for the model.
 
@@ -139,68 +155,67 @@ class ConversationFormat:
             UserError: the template cannot write these turns, or which tokens are the last answer cannot be told.
         """
         turns = self._adapted(turns)
-        last, rewritten = self._example(turns, where, tools)
+        last, rewritten = self._example(turns, tools)
         if not every:
             return [replace(last, answers=last.answers[-1:])]
-        earlier = [self._example(turns[: index + 1], where, tools)[0] for index in rewritten]
+        earlier = [self._example(turns[: index + 1], tools)[0] for index in rewritten]
         return [*(replace(each, answers=each.answers[-1:]) for each in earlier), last]
 
-    def example(self, turns: Turns, where: str = "") -> Example:
+    def example(self, turns: Turns) -> Example:
         """The last of `examples`: the whole, with loss on each answer that the template leaves as it is."""
-        return self.examples(turns, where)[-1]
+        return self.examples(turns)[-1]
 
-    def _example(self, turns: Turns, where: str, tools: Any) -> tuple[Example, list[int]]:
+    def _example(self, turns: Turns, tools: Any) -> tuple[Example, list[int]]:
         """The conversation, and the indices of those answers before the last that carry no loss in it."""
-        place = f"{where}: " if where else ""
         options = {"tools": tools, "thinking": any(map(_reasons, turns))}
-        whole = self._text(turns, place, **options)
+        whole = self._text(turns, **options)
         borders: list[int] = []
         rewritten: list[int] = []
         for index, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue
             last = index == len(turns) - 1
-            before = self._text(turns[:index], place, add_generation_prompt=True, **options)
-            after = whole if last else self._text(turns[: index + 1], place, **options)
+            before = self._text(turns[:index], add_generation_prompt=True, **options)
+            after = whole if last else self._text(turns[: index + 1], **options)
             visible = _squeezed(self._marked(_visible(turn)))
             if last and not after.startswith(before):
-                whole = after = self._continued(before, after, turn, place)
+                whole = after = self._continued(before, after, turn)
             answer = after[len(before) :].rstrip()
             if after.startswith(before) and whole.startswith(after) and visible in _squeezed(answer) and answer:
-                self._check_written(turn, answer, place)
+                self._check_written(turn, answer)
                 borders += [len(before), len(before) + len(answer)]
             elif last:
-                raise self._untold(place)
+                raise self._untold()
             else:
                 rewritten.append(index)
-        tokens, places = self._tokens_and_places(whole[: borders[-1]], borders, place)
+        tokens, places = self._tokens_and_places(whole[: borders[-1]], borders)
         if tokens[-1] not in self.tokenizer.added_tokens_decoder and self.tokenizer.eos_token_id is not None:
             tokens.append(self.tokenizer.eos_token_id)  # or the model would never learn to stop
             places[-1] += 1
         answers = tuple(zip(places[::2], places[1::2], strict=True))
-        return Example(np.array(tokens, dtype=np.int32), answers, where), rewritten
+        return Example(np.array(tokens, dtype=np.int32), answers), rewritten
 
-    def _check_written(self, turn: dict[str, Any], answer: str, place: str) -> None:
+    def _check_written(self, turn: dict[str, Any], answer: str) -> None:
         """Refuse an answer whose calls the template passes over, and say so of reasoning that it passes over."""
         calls = [call.get("function") or call for call in turn.get("tool_calls") or () if isinstance(call, dict)]
         names = [str(call.get("name", "")) for call in calls]
         if lost := [name for name in names if name not in answer]:
             raise UserError(
-                f"{place}the tokenizer's chat template writes no tool calls ('{lost[0]}' is not in what it makes of "
+                f"the tokenizer's chat template writes no tool calls ('{lost[0]}' is not in what it makes of "
                 "the answer): give a model whose template does, or leave such conversations out."
             )
         reasoning = next((str(turn[name]) for name in REASONING if turn.get(name)), "")
         if _squeezed(self._marked(reasoning)) not in _squeezed(answer) and not self._said_lost:
             self._said_lost = True
-            logger.warning("%sthe chat template has no place for an answer's reasoning: it is left out", place)
+            logger.warning("the chat template has no place for an answer's reasoning: it is left out")
 
-    def _continued(self, before: str, after: str, turn: dict[str, Any], place: str) -> str:
+    def _continued(self, before: str, after: str, turn: dict[str, Any]) -> str:
         """The prompt in use, and the answer after it, where the template writes answers that are past without their
         reasoning (DeepSeek-R1's): the prompt has opened it, so the answer closes it, though it be empty."""
         visible = self._marked(_visible(turn)).strip()
         at = after.rfind(visible)
         if not visible or at < 0 or not before.rstrip().endswith("<think>"):
-            raise self._untold(place)
+            raise self._untold()
         spoken = self._marked(turn["content"]).strip()
         reasoning = next((str(turn[name]) for name in REASONING if turn.get(name)), "")
         if "</think>" not in spoken:
@@ -212,13 +227,13 @@ class ConversationFormat:
         )
 
     @staticmethod
-    def _untold(place: str) -> UserError:
+    def _untold() -> UserError:
         return UserError(
-            f"{place}the tokenizer's chat template writes a conversation otherwise once it is answered, so "
+            "the tokenizer's chat template writes a conversation otherwise once it is answered, so "
             "which tokens are the answer cannot be told: mend the template, or give --prompt-format inst."
         )
 
-    def _tokens_and_places(self, text: str, borders: list[int], place: str) -> tuple[list[int], list[int]]:
+    def _tokens_and_places(self, text: str, borders: list[int]) -> tuple[list[int], list[int]]:
         """Tokens of `text`, and at which token each border, a number of characters, lies; the last is the end."""
         tokens, *heads = self._tokens([text, *(text[:border] for border in borders[:-1])])
         if all(tokens[: len(head)] == head for head in heads):
@@ -228,7 +243,7 @@ class ConversationFormat:
         joined = [token for piece in pieces for token in piece]
         if self._said(joined) != self._said(tokens):
             raise UserError(
-                f"{place}the tokens of the prompt are not the beginning of those of prompt and answer, and the "
+                "the tokens of the prompt are not the beginning of those of prompt and answer, and the "
                 "tokenizer cannot write them apart: give --prompt-format with a format that ends the prompt with a "
                 "token of its own."
             )
@@ -248,7 +263,7 @@ class ConversationFormat:
     def _said(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
-    def _text(self, turns: Turns, place: str = "", thinking: bool = False, **options: Any) -> str:
+    def _text(self, turns: Turns, thinking: bool = False, **options: Any) -> str:
         """What the template writes; `thinking` as the data has it, or models that think would before a short answer."""
         written = [{name: self._marked(value) for name, value in turn.items()} for turn in turns]
         if self._in_parts:
@@ -257,11 +272,11 @@ class ConversationFormat:
         for turn in turns if self._plain_marker else ():
             if turn["role"] != "assistant" and self._plain_marker in str(turn["content"]):
                 raise UserError(
-                    f"{place}the {turn['role']}'s text has '{self._plain_marker}' in it, by which this prompt format "
+                    f"the {turn['role']}'s text has '{self._plain_marker}' in it, by which this prompt format "
                     "says that the assistant speaks, and which is no token of its own: take it out, or give a model "
                     "whose chat template marks turns with special tokens."
                 )
-        return self._rendered(written, place, enable_thinking=thinking, thinking=thinking, **options)
+        return self._rendered(written, enable_thinking=thinking, thinking=thinking, **options)
 
     def _opened(self, turns: Turns, opening: str) -> str:
         """A prompt that ends with the first words of the answer."""
@@ -271,7 +286,7 @@ class ConversationFormat:
             logger.debug("the chat template cannot leave a turn open: the answer's first words follow its last")
         return self._text(turns, add_generation_prompt=True) + opening
 
-    def _rendered(self, turns: Turns, place: str = "", **options: Any) -> str:
+    def _rendered(self, turns: Turns, **options: Any) -> str:
         try:
             return str(
                 self.tokenizer.apply_chat_template(turns, chat_template=self.template, tokenize=False, **options)
@@ -279,7 +294,7 @@ class ConversationFormat:
         except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
             roles = ", ".join(turn["role"] for turn in turns)
             raise UserError(
-                f"{place}the tokenizer's chat template cannot write turns of {roles} "
+                f"the tokenizer's chat template cannot write turns of {roles} "
                 f"({str(error).partition(chr(10))[0]}): mend the template, or give {self._instead}."
             ) from error
 

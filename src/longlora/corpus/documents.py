@@ -6,13 +6,14 @@ what is passed over, and the sentences for what is missing.
 
 import logging
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from longlora.corpus.formats import Text, UnreadableFileError, hub_address, read_file, read_hub
-from longlora.corpus.records import Malformed
+from longlora.corpus.records import Malformed, Taking
 from longlora.corpus.standard_library import standard_library_files, standard_library_folder
 from longlora.errors import UserError, nearest
 
@@ -49,7 +50,7 @@ class Document:
     """Where it comes from: a path, a path with `:line`, `stdlib/argparse.py`, `hub:NAME:record`."""
 
     text: str
-    """The whole text, never empty."""
+    """The whole text, never empty; or what a `Taking` made of a record."""
 
     position: Position = field(default_factory=Position, compare=False, repr=False)
 
@@ -109,7 +110,7 @@ class Tally:
 class Reading:
     """How sources are read."""
 
-    text_field: str = "text"
+    text_field: str | Taking = "text"
     """The field that holds the text in JSON, parquet and hub records; `doc.text` for one within another."""
 
     encoding: str = "auto"
@@ -162,9 +163,11 @@ def read_documents(
 
 
 def _documents_of(source: str, reading: Reading, tally: Tally, begin: tuple[int, int]) -> Iterator[Document]:
+    taking = reading.text_field
+    field = taking if isinstance(taking, str) else _once(taking, tally, begin)
     if is_hub(source):
         tally.file += 1
-        texts = read_hub(source, reading.text_field, reading.revisions.get(source))
+        texts = read_hub(source, field, reading.revisions.get(source))
         with closing(texts):
             yield from _counted(texts, source, 0, reading, tally, begin)
         return
@@ -178,13 +181,18 @@ def _documents_of(source: str, reading: Reading, tally: Tally, begin: tuple[int,
             tally.skip("empty documents")
             continue
         try:
-            with closing(read_file(file.path, reading.text_field, reading.encoding)) as texts:
+            with closing(read_file(file.path, field, reading.encoding)) as texts:
                 yield from _counted(texts, file.name, begun_at, reading, tally, begin)
         except UnreadableFileError as unreadable:
             if file.named:
                 raise
             tally.skip(f"files ({unreadable.kind})")
         tally.bytes_read = begun_at + file.size
+
+
+def _once(taking: Taking, tally: Tally, begin: tuple[int, int]) -> Callable[[Any], Any]:
+    """`taking`, for those records that an earlier reading has not come to."""
+    return lambda record: None if (tally.file, tally.texts + 1) <= begin else taking(record)
 
 
 def _counted(
@@ -198,7 +206,7 @@ def _counted(
             continue
         if isinstance(found, Malformed):
             _pass_over(found, name, reading, tally)
-        elif not found.text or found.text.isspace():
+        elif isinstance(found.text, str) and (not found.text or found.text.isspace()):
             tally.skip("empty documents")
         else:
             tally.documents += 1

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -91,6 +91,15 @@ def encode_documents(
                     ended.append((document, len(tokens)))
                     begun = False
             yield Encoded(np.frombuffer(tokens, dtype=np.uint32), ended, None if ends else document)
+
+
+def encode_records(documents: Iterable[Document]) -> Generator[Encoded, None, None]:
+    """The tokens that a `Taking` made of records, as names and tokens, all those of a record in one batch."""
+    for record in documents:
+        names, tokens = zip(*cast(Any, record.text), strict=True)
+        stops = np.cumsum([len(each) for each in tokens]).tolist()
+        parts = [Document(f"{name}{record.name}", "", record.position) for name in names]
+        yield Encoded(np.concatenate(tokens), list(zip(parts, stops, strict=True)))
 
 
 def _ahead(

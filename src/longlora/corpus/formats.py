@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from longlora.corpus.apart import UnparsableError, parse_apart
 from longlora.corpus.decoding import UnknownEncodingError, decoded, encodable
@@ -52,8 +53,8 @@ class Text:
     where: str
     """Empty for a whole file, `:12` for line (JSONL), row (parquet) or record (JSON, hub) 12."""
 
-    text: str
-    """The text, always encodable as UTF-8."""
+    text: Any
+    """The text, always encodable as UTF-8; or what a `Taking` made of a record."""
 
     bytes_read: int
     """Bytes of the file consumed so far; 0 for the hub, whose size is not known."""
@@ -68,9 +69,9 @@ class UnreadableFileError(UserError):
 
 
 def read_file(
-    path: Path, text_field: str, encoding: str = "auto", most_bytes: int = MOST_TEXT_BYTES
+    path: Path, text_field: str | Callable[[Any], Any], encoding: str = "auto", most_bytes: int = MOST_TEXT_BYTES
 ) -> Generator[Text | Malformed, None, None]:
-    """The texts of the file at `path`, in the format its name says; an unknown ending means text.
+    """The texts of the file at `path`, in the format its name says; an unknown ending means text, or records in JSON.
 
     A record that is none, or has no text in `text_field`, is `Malformed`; plain text has at most `most_bytes` unpacked.
 
@@ -79,20 +80,22 @@ def read_file(
         UserError: it cannot be opened or is damaged.
     """
     try:
-        yield from _reader(path, most_bytes)(path, text_field, encoding)
+        yield from _reader(path, text_field, most_bytes)(path, text_field, encoding)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"'{path}' cannot be read: {reason}. Check its permissions and that it is whole.") from error
 
 
-def _reader(path: Path, most_bytes: int) -> Callable[[Path, str, str], Iterator[Text | Malformed]]:
+def _reader(
+    path: Path, text_field: str | Callable[[Any], Any], most_bytes: int
+) -> Callable[[Path, Any, str], Iterator[Text | Malformed]]:
     name = inner_name(path)
-    if name.endswith((*LINES, ".json")):
+    if path.suffix.lower() == ".parquet":
+        return _read_parquet
+    if name.endswith((*LINES, ".json")) or not isinstance(text_field, str):
         return _read_json
     if name.endswith(tuple(TABLES)):
         return _read_table
-    if path.suffix.lower() == ".parquet":
-        return _read_parquet
     return _read_parsed if Path(name).suffix in PARSED else partial(_read_text, most_bytes=most_bytes)
 
 
@@ -130,7 +133,7 @@ def _read_parsed(path: Path, text_field: str, encoding: str) -> Iterator[Text]:
         raise UnreadableFileError(error.kind, f"'{path}' {error}") from error
 
 
-def _read_json(path: Path, text_field: str, encoding: str) -> Iterator[Text | Malformed]:
+def _read_json(path: Path, text_field: str | Callable[[Any], Any], encoding: str) -> Iterator[Text | Malformed]:
     for record in read_records(path):
         if isinstance(record, Malformed):
             yield record
@@ -164,29 +167,34 @@ def _read_table(path: Path, text_field: str, encoding: str) -> Iterator[Text | M
             ) from error
 
 
-def _read_parquet(path: Path, text_field: str, encoding: str) -> Iterator[Text | Malformed]:
+def _read_parquet(path: Path, text_field: str | Callable[[Any], Any], encoding: str) -> Iterator[Text | Malformed]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path, pre_buffer=False) as file:
             names = file.schema_arrow.names
-            column = text_field if text_field in names else text_field.partition(".")[0]
-            if column not in names:
-                raise UserError(f"'{path}': {missing_field(text_field, names)}.")
+            columns = names
+            if isinstance(text_field, str):
+                columns = [text_field if text_field in names else text_field.partition(".")[0]]
+                if columns[0] not in names:
+                    raise UserError(f"'{path}': {missing_field(text_field, names)}.")
             row, rows, size = 0, file.metadata.num_rows, path.stat().st_size
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[column]):
-                for value in batch.column(0):
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
+                for values in zip(*batch.columns, strict=True):
                     row += 1
+                    record = {column: value.as_py() for column, value in zip(columns, values, strict=True)}
                     try:
-                        yield Text(f":{row}", text_of({column: value.as_py()}, text_field), size * row // rows)
+                        yield Text(f":{row}", text_of(record, text_field), size * row // rows)
                     except ValueError as error:
                         yield Malformed(f"row {row}", str(error), size * row // rows)
     except pyarrow.ArrowException as error:
         raise UserError(f"'{path}' cannot be read as parquet: {error}. Check that the file is whole.") from error
 
 
-def read_hub(source: str, text_field: str, revision: str | None = None) -> Generator[Text | Malformed, None, None]:
+def read_hub(
+    source: str, text_field: str | Callable[[Any], Any], revision: str | None = None
+) -> Generator[Text | Malformed, None, None]:
     """The texts of `hub:NAME[:CONFIG][:SPLIT]`, streamed: nothing is downloaded ahead or kept.
 
     The split is `train` unless given; a single part that is `train`, `validation` or `test` is a split,

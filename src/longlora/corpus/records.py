@@ -6,11 +6,11 @@ Who reads documents and who reads conversations both come here, so that what is 
 import gzip
 import io
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple, Protocol, cast
 
 import orjson
 
@@ -50,6 +50,15 @@ class Record:
     def where(self) -> str:
         """`line 12`."""
         return f"{self.unit} {self.number}"
+
+
+class Taking(Protocol):
+    """Makes of a record what a reader takes of it; a ValueError says why it is none."""
+
+    key: str
+    """Other wherever it would make something else."""
+
+    def __call__(self, record: Any, /) -> Any: ...
 
 
 class Malformed(NamedTuple):
@@ -171,7 +180,7 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:160]
 
 
-def text_of(record: object, text_field: str) -> str:
+def text_of(record: object, text_field: str | Callable[[Any], Any]) -> Any:
     """The text in `text_field` of a record, `doc.text` for a field within one; a null counts as an empty text.
 
     >>> text_of({"doc": {"text": "a"}}, "doc.text"), text_of({"doc.text": "b"}, "doc.text")
@@ -180,6 +189,8 @@ def text_of(record: object, text_field: str) -> str:
     Raises:
         ValueError: the reason why the record has none.
     """
+    if not isinstance(text_field, str):
+        return text_field(record)
     if not isinstance(record, dict):
         raise ValueError(f"the record is a {type(record).__name__}, it must be an object with named fields")
     names = [text_field] if text_field in record else text_field.split(".")

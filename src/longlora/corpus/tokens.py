@@ -21,8 +21,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from longlora.corpus.documents import Reading, Tally, is_hub, read_documents, source_files
-from longlora.corpus.encoding import encode_documents, tokenizer_fingerprint
+from longlora.corpus.encoding import encode_documents, encode_records, tokenizer_fingerprint
 from longlora.corpus.formats import PARSED, hub_revision
+from longlora.corpus.records import Taking
 from longlora.corpus.shards import Entry, Shards, open_entry
 from longlora.errors import UserError
 from longlora.progress import Progress
@@ -82,7 +83,9 @@ def _opened(folder: Path, from_cache: bool) -> TokenizedCorpus:
     return TokenizedCorpus(entry.tokens, entry.offsets, entry.names, entry.largest_token, from_cache, folder)
 
 
-def tokenize_corpus(tokenizer: Any, corpus: CorpusSettings, *, held_out: bool | None = None) -> TokenizedCorpus:
+def tokenize_corpus(
+    tokenizer: Any, corpus: CorpusSettings, *, held_out: bool | None = None, taking: Taking | None = None
+) -> TokenizedCorpus:
     """The tokens of `corpus.data`, from the cache when nothing has changed.
 
     A document is its text's tokens, after the beginning-of-sequence token if the tokenizer adds one by itself, and
@@ -93,11 +96,12 @@ def tokenize_corpus(tokenizer: Any, corpus: CorpusSettings, *, held_out: bool | 
         tokenizer: a transformers tokenizer.
         corpus: what to read and where to cache it.
         held_out: side of the split of `stdlib`, see `Reading`.
+        taking: makes of each record documents as (the beginning of) their name and their tokens, uint32, itself.
 
     Raises:
         UserError: a source is at fault (see `read_documents`), or the cache folder cannot be written or is full.
     """
-    reading = reading_of(corpus, held_out)
+    reading = reading_of(corpus, held_out, taking)
     made = cached(
         cache_folder(corpus) / "corpora" / corpus_key(tokenizer, corpus, reading),
         lambda folder: _write_entry(folder, tokenizer, corpus, reading),
@@ -146,7 +150,8 @@ def corpus_key(tokenizer: Any, corpus: CorpusSettings, reading: Reading) -> str:
     """
     digest = hashlib.sha256()
     held_out = reading.held_out if "stdlib" in corpus.data else None
-    settings = [CACHE_FORMAT, corpus.text_field, corpus.encoding, corpus.special_tokens, corpus.max_tokens, held_out]
+    taken = reading.text_field if isinstance(reading.text_field, str) else [reading.text_field.key]
+    settings = [CACHE_FORMAT, taken, corpus.encoding, corpus.special_tokens, corpus.max_tokens, held_out]
     digest.update(json.dumps([*settings, tokenizer_fingerprint(tokenizer)]).encode())
     parsed = False
     for source in corpus.data:
@@ -162,10 +167,10 @@ def corpus_key(tokenizer: Any, corpus: CorpusSettings, reading: Reading) -> str:
     return digest.hexdigest()[:32]
 
 
-def reading_of(corpus: CorpusSettings, held_out: bool | None) -> Reading:
+def reading_of(corpus: CorpusSettings, held_out: bool | None, taking: Taking | None = None) -> Reading:
     """How the sources of `corpus` are read, hub data sets at the commits that they have now."""
     return Reading(
-        text_field=corpus.text_field,
+        text_field=taking or corpus.text_field,
         encoding=corpus.encoding,
         skip_malformed=corpus.skip_malformed,
         held_out=held_out,
@@ -175,7 +180,8 @@ def reading_of(corpus: CorpusSettings, held_out: bool | None) -> Reading:
 
 def _write_entry(folder: Path, tokenizer: Any, corpus: CorpusSettings, reading: Reading) -> None:
     limit = corpus.max_tokens
-    dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 65536 else np.uint32)
+    texts = isinstance(reading.text_field, str)
+    dtype = np.dtype(np.uint16 if texts and max(tokenizer.get_vocab().values()) < 65536 else np.uint32)
     all_files = not any(map(is_hub, corpus.data))
     sources = [file for source in corpus.data for file in source_files(source, reading.held_out)] if all_files else []
     size = sum(file.size for file in sources) if all_files else None
@@ -191,12 +197,15 @@ def _write_entry(folder: Path, tokenizer: Any, corpus: CorpusSettings, reading: 
 
         begin = (shards.last.file, shards.last.texts)
         documents = read_documents(corpus.data, reading, tally, begin=begin)
-        batches = encode_documents(
-            tokenizer,
-            documents if limit is None or shards.tokens < limit else iter(()),
-            None if limit is None else wanted_tokens,
-            special_tokens=corpus.special_tokens,
-        )
+        if texts:
+            batches = encode_documents(
+                tokenizer,
+                documents if limit is None or shards.tokens < limit else iter(()),
+                None if limit is None else wanted_tokens,
+                special_tokens=corpus.special_tokens,
+            )
+        else:
+            batches = encode_records(documents)
         with (
             Progress("tokenising", "tokens" if limit else "bytes", limit or size) as progress,
             closing(documents),

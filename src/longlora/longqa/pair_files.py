@@ -1,7 +1,6 @@
 """Files of pairs: LongAlpaca's JSON array and chat messages in JSONL, read with line numbers, written as they come."""
 
 import json
-import logging
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -16,40 +15,23 @@ from longlora.corpus.records import Malformed, read_records
 from longlora.errors import UserError
 from longlora.longqa.pairs import MalformedPairError, Pair, longalpaca_record, messages_record, pair_from_record
 
-logger = logging.getLogger(__name__)
 
-
-def read_pairs(path: str | Path, skip_malformed: int = 0) -> list[Pair]:
+def read_pairs(path: str | Path) -> list[Pair]:
     """All pairs of a file, in either format (which one, its content says, not its name).
 
-    Args:
-        path: JSON or lines of JSON, also compressed.
-        skip_malformed: malformed records that are passed over, and named.
-
     Raises:
-        UserError: it cannot be read, holds no pairs, or more records are malformed; the sentence names the line.
+        UserError: it cannot be read, holds no pairs, or a record is malformed; the sentence names the line.
     """
     pairs: list[Pair] = []
-    passed_over: list[Malformed] = []
     for pair in iterate_pairs(path):
-        if isinstance(pair, Pair):
-            pairs.append(pair)
-        elif len(passed_over) < skip_malformed:
-            passed_over.append(pair)
-        else:
+        if isinstance(pair, Malformed):
             raise UserError(
-                f"'{path}', {pair.where}: {pair.reason}. Mend or remove it, or let so many malformed records be passed "
-                f"over with --skip-malformed N; `longlora longqa check {path}` lists all of them."
+                f"'{path}', {pair.where}: {pair.reason}. Mend or remove it; `longlora longqa check {path}` lists all."
             )
-    if passed_over:
-        logger.warning("'%s': %d malformed records passed over: %s", path, len(passed_over), _named(passed_over))
+        pairs.append(pair)
     if not pairs:
         raise UserError(f"'{path}' holds no pairs: give a file that `longlora longqa build` wrote, or LongAlpaca's.")
     return pairs
-
-
-def _named(passed_over: list[Malformed]) -> str:
-    return ", ".join(each.where for each in passed_over[:3]) + (", …" if len(passed_over) > 3 else "")
 
 
 def iterate_pairs(path: str | Path) -> Iterator[Pair | Malformed]:

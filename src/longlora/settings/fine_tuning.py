@@ -61,8 +61,8 @@ class SftSettings(CommandSettings):
     """Run directory to create."""
 
     data: tuple[str, ...] = ()
-    """Files of pairs: chat messages (also ShareGPT's form, prompt and completion, tools) or LongAlpaca's, in JSON or
-    JSONL, also compressed; `longlora longqa build` writes either."""
+    """Pairs: chat messages (also ShareGPT's form, prompt and completion, tools) or LongAlpaca's, in JSON, JSONL (also
+    compressed) or parquet, or `hub:NAME`; `longlora longqa build` writes either."""
 
     evaluation_data: tuple[str, ...] = ()
     """Files of pairs to measure on; default a share of `data`."""
@@ -85,6 +85,9 @@ class SftSettings(CommandSettings):
 
     skip_malformed: Annotated[int, AtLeast(0, "records")] = 0
     """Records that are no conversation, or that the chat template cannot write, to pass over; one more is an error."""
+
+    cache: str | None = None
+    """Folder of the tokenised pairs; default `$LONGLORA_CACHE`, else `~/.cache/longlora`."""
 
     attention: AttentionSettings = AttentionSettings()
     trainable: TrainableSettings = TrainableSettings()

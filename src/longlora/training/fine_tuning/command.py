@@ -28,7 +28,7 @@ from longlora.model.positions import PositionExtension, extend_positions, origin
 from longlora.model.source import ModelSource, locate
 from longlora.report.page import write_report
 from longlora.run_directory import RunDirectory
-from longlora.settings import SftSettings, TrainableSettings
+from longlora.settings import CorpusSettings, SftSettings, TrainableSettings
 from longlora.training.common import (
     announce_trainable,
     fingerprint,
@@ -227,9 +227,9 @@ def _base(source: ModelSource) -> dict[str, Any]:
 
 
 def _prepare(settings: SftSettings, conversations: ConversationFormat, context: int, together: bool) -> Data:
-    def examples(files: Sequence[str]) -> Read:
-        every = settings.loss_on == "every"
-        return read_examples(files, conversations, context, every_answer=every, skip_malformed=settings.skip_malformed)
+    def examples(files: tuple[str, ...]) -> Read:
+        corpus = CorpusSettings(data=files, cache=settings.cache, skip_malformed=settings.skip_malformed)
+        return read_examples(corpus, conversations, context, every_answer=settings.loss_on == "every")
 
     read = examples(settings.data)
     facts = read.facts()
@@ -238,7 +238,8 @@ def _prepare(settings: SftSettings, conversations: ConversationFormat, context: 
         training, held_out = read.examples, measured.examples
         facts["held_out_too_long"] = measured.facts()["too_long"]
     else:
-        training, held_out = hold_out(read, settings.held_out, settings.training.seed)
+        places = hold_out(read.documents, settings.held_out, settings.training.seed)
+        training, held_out = map(read.examples.chosen, places)
     rows = pack_examples(training, context, settings.training.seed, together)
     answer_tokens = sum(example.answer_tokens for example in training)
     logger.info(

@@ -1,17 +1,21 @@
 """Files of pairs as examples to train on and to measure on: tokens with their answers marked, whole documents apart."""
 
+import hashlib
+import json
 import logging
 import zlib
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple, overload
+
+import numpy as np
 
 from longlora.corpus.conversations import ConversationFormat, Example
+from longlora.corpus.documents import NAMED
+from longlora.corpus.tokens import TokenizedCorpus, tokenize_corpus
 from longlora.errors import UserError
-from longlora.longqa.pair_files import read_pairs
-from longlora.longqa.pairs import Pair
-from longlora.progress import Progress
+from longlora.longqa.pairs import Pair, pair_from_record
+from longlora.settings import CorpusSettings
 
 logger = logging.getLogger(__name__)
 
@@ -24,27 +28,84 @@ MOST = 256
 _BEGINNING = 2000
 """Characters at the beginning of a prompt that tell one document from another."""
 
-_NAMED = 3
-"""Places named to people; the JSON names all."""
+
+class Examples(Sequence[Example]):
+    """Examples of a tokenised corpus, read from the disk as they are asked for."""
+
+    def __init__(self, corpus: TokenizedCorpus, indices: np.ndarray) -> None:
+        self._corpus, self._indices = corpus, indices
+
+    def chosen(self, places: np.ndarray) -> "Examples":
+        """Those at `places` in this order."""
+        return Examples(self._corpus, self._indices[places])
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, place: int) -> Example: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Example]: ...
+    def __getitem__(self, place: int | slice) -> Example | list[Example]:
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(len(self)))]
+        index = int(self._indices[place])
+        return Example.unmarked(self._corpus.document(index), _About.of(self._corpus.names[index]).where)
 
 
-@dataclass
+class _About(NamedTuple):
+    """What the name of an example in the cache says."""
+
+    document: str
+    """Tells the document that it is about from others."""
+    unlearned: int
+    """Answers of the conversation without loss; -1 for an example of the same conversation as the one before."""
+    where: str
+
+    @staticmethod
+    def of(name: str) -> "_About":
+        document, unlearned, where = name.split(" ", 2)
+        return _About(document, int(unlearned), where)
+
+
+class _Conversations:
+    """Makes examples of records."""
+
+    def __init__(self, conversations: ConversationFormat, every_answer: bool) -> None:
+        self._conversations, self._every = conversations, every_answer
+        template = conversations.template or conversations.tokenizer.chat_template
+        self.key = json.dumps(["conversations", template, every_answer])
+
+    def __call__(self, record: Any, /) -> list[tuple[str, np.ndarray]]:
+        pair = pair_from_record(record)
+        try:
+            examples = self._conversations.examples(pair.conversation(), every=self._every, tools=pair.tools)
+        except (UserError, RecursionError) as error:
+            raise ValueError(str(error).rstrip(".")) from error
+        asked = sum(message.role == "assistant" for message in pair.messages)
+        unlearned = asked - sum(len(example.answers) for example in examples)
+        document = hashlib.sha256(_document(pair).encode(errors="replace")).hexdigest()[:16]
+        return [
+            (f"{document} {unlearned if number == 0 else -1} ", example.marked())
+            for number, example in enumerate(examples)
+        ]
+
+
+@dataclass(frozen=True)
 class Read:
     """What became of the pairs of some files."""
 
-    examples: list[Example] = field(default_factory=list)
-    documents: list[str] = field(default_factory=list)
-    """Which document each example is about."""
-    too_long: list[str] = field(default_factory=list)
+    examples: Examples
+    documents: np.ndarray
+    """(examples,) which document each is about."""
+    too_long: list[str]
     """Places of the pairs whose answer would be cut away."""
-    pairs: int = 0
+    pairs: int
     """Of all files, those left out among them."""
-    longest: int = 0
+    longest: int
     """Tokens of the longest pair, also of those left out."""
-    unwritable: list[str] = field(default_factory=list)
-    """Places of the pairs passed over because the chat template cannot write them."""
-    answers_without_loss: int = 0
-    """Answers before the last of a conversation, where only the last is learned."""
+    answers_without_loss: int
+    """Answers of conversations where only others are learned."""
 
     def facts(self) -> dict[str, Any]:
         """For a summary: `{"pairs", "too_long": {"pairs", "where"}, "longest", "answers_without_loss"}`."""
@@ -57,93 +118,82 @@ class Read:
 
 
 def read_examples(
-    files: Sequence[str],
-    conversations: ConversationFormat,
-    context: int,
-    *,
-    every_answer: bool = True,
-    skip_malformed: int = 0,
+    corpus: CorpusSettings, conversations: ConversationFormat, context: int, *, every_answer: bool = True
 ) -> Read:
-    """The pairs of `files` as examples of at most `context` tokens; a longer one is counted and left out.
+    """The pairs of `corpus.data` as examples of at most `context` tokens; a longer one is counted and left out.
 
-    It is not cut: the answer is at the end, and an example without its answer would train nothing.
+    It is not cut: the answer is at the end, and an example without its answer would train nothing. All of them are
+    kept in the cache, as documents are (`longlora.corpus.tokens`).
 
     Raises:
-        UserError: a file cannot be read or holds a malformed pair, the chat template cannot write one, or all are
+        UserError: a source cannot be read or holds a malformed pair, the chat template cannot write one, or all are
             too long.
     """
-    pairs = [(_place(file, pair, files), pair) for file in files for pair in read_pairs(file, skip_malformed)]
-    read = Read(pairs=len(pairs))
-    with Progress("tokenising", "pairs", len(pairs)) as progress:
-        for number, (place, pair) in enumerate(pairs, start=1):
-            try:
-                examples = conversations.examples(pair.conversation(), place, every=every_answer, tools=pair.tools)
-            except UserError as error:
-                if len(read.unwritable) >= skip_malformed:
-                    raise
-                read.unwritable.append(place)
-                logger.warning("passed over: %s", error)
-                continue
-            lengths = [len(example.tokens) for example in examples]
-            read.longest = max(read.longest, *lengths)
-            if max(lengths) > context:
-                read.too_long.append(place)
-            else:
-                read.examples += examples
-                read.documents += [_document(pair)] * len(examples)
-                asked = sum(message.role == "assistant" for message in pair.messages)
-                read.answers_without_loss += asked - sum(len(example.answers) for example in examples)
-            progress.show(number, f"{number:,} pairs")
-    if not read.examples:
+    taking = _Conversations(conversations, every_answer)
+    made = tokenize_corpus(conversations.tokenizer, corpus, taking=taking)
+    documents = np.empty(len(made), dtype=np.uint64)
+    unlearned = np.empty(len(made), dtype=np.int32)
+    for index, about in enumerate(map(_About.of, made.names)):
+        documents[index], unlearned[index] = int(about.document, 16), about.unlearned
+    first = np.flatnonzero(unlearned >= 0)
+    lengths = np.maximum.reduceat(np.diff(made.offsets), first)  # of pairs
+    fits = lengths <= context
+    kept = np.flatnonzero(np.repeat(fits, np.diff(first, append=len(made))))
+    too_long = [_About.of(made.names[index]).where for index in first[~fits]]
+    read = Read(
+        Examples(made, kept),
+        documents[kept],
+        too_long,
+        len(first),
+        int(lengths.max()),
+        int(unlearned[first[fits]].sum()),
+    )
+    if not len(kept):
         raise UserError(
-            f"none of the {len(pairs):,} pairs in {', '.join(files)} fits {context:,} tokens, the longest has "
+            f"none of the {read.pairs:,} pairs in {', '.join(corpus.data)} fits {context:,} tokens, the longest has "
             f"{read.longest:,}: give a longer --context, or shorter pairs (`longlora longqa build --section-tokens`)."
         )
-    if read.too_long:
-        more = f" and {len(read.too_long) - _NAMED:,} more" if len(read.too_long) > _NAMED else ""
+    if too_long:
+        more = f" and {len(too_long) - NAMED:,} more" if len(too_long) > NAMED else ""
         logger.warning(
             "%s of %s pairs do not fit %s tokens with their answer and are left out: %s%s; the longest has %s",
-            f"{len(read.too_long):,}",
-            f"{len(pairs):,}",
+            f"{len(too_long):,}",
+            f"{read.pairs:,}",
             f"{context:,}",
-            ", ".join(read.too_long[:_NAMED]),
+            ", ".join(too_long[:NAMED]),
             more,
             f"{read.longest:,}",
         )
     return read
 
 
-def hold_out(read: Read, share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Examples to train on and to measure on, about `share` of them and at most `MOST`; one at least to train on.
+def hold_out(documents: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places of examples to train on and to measure on, about `share` of them and at most `MOST`; one at least to train
+    on.
 
     Those about one document stay together, or the held-out answers would be about material that was trained on.
     Where even the document with the fewest has more than a `FEWEST`-th of all, that would cost too much: then they
     are split one by one, which is said. Which ones follows from the documents and `seed` alone.
     """
-    count = len(read.examples)
+    count = len(documents)
     wanted = min(round(share * count), MOST, count - 1)
     if share and count >= FEWEST:
         wanted = max(wanted, 1)
-    groups: defaultdict[str, list[int]] = defaultdict(list)
-    for index, document in enumerate(read.documents):
-        groups[document].append(index)
-    fewest = min(len(group) for group in groups.values())
-    if wanted and fewest > max(wanted, count // FEWEST):
+    names, group, sizes = np.unique(documents, return_inverse=True, return_counts=True)
+    if wanted and sizes.min() > max(wanted, count // FEWEST):
         logger.warning("the pairs are about too few documents to hold one out: the same are trained on and measured on")
-        groups = defaultdict(list, {example.where: [index] for index, example in enumerate(read.examples)})
-    drawn = sorted(groups, key=lambda name: (zlib.crc32(f"{seed}/{name}".encode(errors="replace")), name))
-    kept: set[int] = set()
-    for name in drawn:
-        if len(kept) + len(groups[name]) <= wanted:
-            kept |= set(groups[name])
-    if wanted and not kept:
-        kept = set(groups[min(drawn, key=lambda name: len(groups[name]))])
-    training = [example for index, example in enumerate(read.examples) if index not in kept]
-    return training, [read.examples[index] for index in sorted(kept)]
-
-
-def _place(file: str, pair: Pair, files: Sequence[str]) -> str:
-    return f"{file}, {pair.where}" if len(files) > 1 else pair.where
+        names = group = np.arange(count)
+        sizes = np.ones(count, dtype=np.int64)
+    drawn = sorted(range(len(names)), key=lambda each: (zlib.crc32(f"{seed}/{names[each]}".encode()), each))
+    kept = np.zeros(len(names), dtype=bool)
+    room = wanted
+    for each in drawn:
+        if sizes[each] <= room:
+            kept[each] = True
+            room -= sizes[each]
+    if wanted and not kept.any():
+        kept[min(drawn, key=lambda each: sizes[each])] = True
+    return np.flatnonzero(~kept[group]), np.flatnonzero(kept[group])
 
 
 def _document(pair: Pair) -> str:
