@@ -25,9 +25,11 @@ def said(words, capsys):
         ),
         ("contxt", "unknown key 'contxt'. Did you mean 'context'? `longlora COMMAND --help-all` lists"),
         ("qqqqq", "unknown key 'qqqqq'. `longlora COMMAND --help-all` lists"),
+        ("trust_remote_code", "A recipe may not: give --trust-remote-code on the command line."),
+        ("trust-remote-code", "A recipe may not: give --trust-remote-code on the command line."),
     ],
 )
-def test_a_key_that_a_command_does_not_have(tmp_path, capsys, key, sentence):
+def test_a_key_that_a_recipe_may_not_have(tmp_path, capsys, key, sentence):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"{key}: 3\n")
     assert sentence in said(["plan", "demo", "--context", "4096", "--config", str(recipe)], capsys)

@@ -39,8 +39,6 @@ INST_TEMPLATE = (
 )
 """The original code's prompt (`prompt_llama2` in LongLoRA's inference.py) and its answer, which ends with EOS."""
 
-_LEARNED = np.uint32(1 << 31)
-
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 """Marks around a special token's letters in a user's text. Unicode keeps these two characters out of all texts."""
 
@@ -62,21 +60,6 @@ class Example:
     def answer_tokens(self) -> int:
         """Tokens that carry loss."""
         return sum(stop - start for start, stop in self.answers)
-
-    def marked(self) -> np.ndarray:
-        """(n,) uint32: the tokens, those that carry loss with the highest bit set."""
-        marked = self.tokens.astype(np.uint32)
-        for start, stop in self.answers:
-            marked[start:stop] |= _LEARNED
-        return marked
-
-    @classmethod
-    def unmarked(cls, marked: np.ndarray, where: str) -> "Example":
-        """The example of which `marked` is all that is known."""
-        learned = marked >= _LEARNED
-        borders = np.flatnonzero(np.diff(learned, prepend=False, append=False)).reshape(-1, 2)
-        answers = tuple((start, stop) for start, stop in borders.tolist())
-        return cls((marked & ~_LEARNED).astype(np.int32), answers, where)
 
     def labels(self, ignored: int) -> np.ndarray:
         """(n,) int64: the answers' tokens, and `ignored` elsewhere."""

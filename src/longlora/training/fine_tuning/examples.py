@@ -25,6 +25,9 @@ FEWEST = 4
 MOST = 256
 """No more examples than this are held out."""
 
+_LEARNED = np.uint32(1 << 31)
+"""Set, in the cache, in the tokens that carry loss."""
+
 _BEGINNING = 2000
 """Characters at the beginning of a prompt that tell one document from another."""
 
@@ -50,7 +53,11 @@ class Examples(Sequence[Example]):
         if isinstance(place, slice):
             return [self[each] for each in range(*place.indices(len(self)))]
         index = int(self._indices[place])
-        return Example.unmarked(self._corpus.document(index), _About.of(self._corpus.names[index]).where)
+        marked = self._corpus.document(index)
+        borders = np.flatnonzero(np.diff(marked >= _LEARNED, prepend=False, append=False)).reshape(-1, 2)
+        answers = tuple((start, stop) for start, stop in borders.tolist())
+        tokens = (marked & ~_LEARNED).astype(np.int32)
+        return Example(tokens, answers, _About.of(self._corpus.names[index]).where)
 
 
 class _About(NamedTuple):
@@ -85,10 +92,13 @@ class _Conversations:
         asked = sum(message.role == "assistant" for message in pair.messages)
         unlearned = asked - sum(len(example.answers) for example in examples)
         document = hashlib.sha256(_document(pair).encode(errors="replace")).hexdigest()[:16]
-        return [
-            (f"{document} {unlearned if number == 0 else -1} ", example.marked())
-            for number, example in enumerate(examples)
-        ]
+        made = []
+        for number, example in enumerate(examples):
+            marked = example.tokens.astype(np.uint32)
+            for start, stop in example.answers:
+                marked[start:stop] |= _LEARNED
+            made.append((f"{document} {unlearned if number == 0 else -1} ", marked))
+        return made
 
 
 @dataclass(frozen=True)
