@@ -109,11 +109,11 @@ def test_an_example_whose_answer_would_be_cut_is_left_out_and_named(tmp_path, ca
         read = read_file(file, tokenizers.chatml(), context)
         kept = [number for number, length in enumerate(lengths, start=1) if length <= context]
         assert [example.where for example in read.examples] == [f"{file}:{number}" for number in kept]
-        assert read.facts()["too_long"] == {
+        assert read.facts["too_long"] == {
             "pairs": 4 - len(kept),
             "where": [f"{file}:{number}" for number in (1, 2, 3, 4) if number not in kept],
         }
-        assert read.longest == max(lengths)
+        assert read.facts["longest"] == max(lengths)
         assert all(example.answer_tokens == len(b"yes") + 1 for example in read.examples)
     assert "2 of 4 pairs do not fit" in caplog.text
     assert f"{file}:2, {file}:4" in caplog.text
@@ -197,7 +197,7 @@ def test_conversations_come_from_the_cache_as_they_were_made(tmp_path, monkeypat
         corpus = CorpusSettings(data=(str(tmp_path / name),), skip_malformed=1)
         read = read_examples(corpus, ConversationFormat(tokenizer), 4096)
         assert len(written) == 3  # each once
-        assert (read.pairs, read.answers_without_loss) == (3, 0)
+        assert (read.facts["pairs"], read.facts["answers_without_loss"]) == (3, 0)
         assert [example.where for example in read.examples] == [f"{tmp_path / name}:{n}" for n in (1, 1, 2, 4, 4)]
         for ours, theirs in zip(read.examples, expected, strict=True):
             assert ours.tokens.dtype == theirs.tokens.dtype

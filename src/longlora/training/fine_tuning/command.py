@@ -232,11 +232,11 @@ def _prepare(settings: SftSettings, conversations: ConversationFormat, context: 
         return read_examples(corpus, conversations, context, every_answer=settings.loss_on == "every")
 
     read = examples(settings.data)
-    facts = read.facts()
+    facts = dict(read.facts)
     if settings.evaluation_data:
         measured = examples(settings.evaluation_data)
         training, held_out = read.examples, measured.examples
-        facts["held_out_too_long"] = measured.facts()["too_long"]
+        facts["held_out_too_long"] = measured.facts["too_long"]
     else:
         places = hold_out(read.documents, settings.held_out, settings.training.seed)
         training, held_out = map(read.examples.chosen, places)

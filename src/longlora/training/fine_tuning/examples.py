@@ -5,7 +5,6 @@ import json
 import logging
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -57,26 +56,12 @@ class Examples(Sequence[Example]):
         borders = np.flatnonzero(np.diff(marked >= _LEARNED, prepend=False, append=False)).reshape(-1, 2)
         answers = tuple((start, stop) for start, stop in borders.tolist())
         tokens = (marked & ~_LEARNED).astype(np.int32)
-        return Example(tokens, answers, _About.of(self._corpus.names[index]).where)
-
-
-class _About(NamedTuple):
-    """What the name of an example in the cache says."""
-
-    document: str
-    """Tells the document that it is about from others."""
-    unlearned: int
-    """Answers of the conversation without loss; -1 for an example of the same conversation as the one before."""
-    where: str
-
-    @staticmethod
-    def of(name: str) -> "_About":
-        document, unlearned, where = name.split(" ", 2)
-        return _About(document, int(unlearned), where)
+        return Example(tokens, answers, self._corpus.names[index].split(" ", 2)[2])
 
 
 class _Conversations:
-    """Makes examples of records."""
+    """Makes examples of records, which are kept under names of three parts: what tells the document they are about from
+    others, the answers of the conversation without loss (-1 where it has examples before), and the record's place."""
 
     def __init__(self, conversations: ConversationFormat, every_answer: bool) -> None:
         self._conversations, self._every = conversations, every_answer
@@ -101,30 +86,15 @@ class _Conversations:
         return made
 
 
-@dataclass(frozen=True)
-class Read:
+class Read(NamedTuple):
     """What became of the pairs of some files."""
 
     examples: Examples
     documents: np.ndarray
     """(examples,) which document each is about."""
-    too_long: list[str]
-    """Places of the pairs whose answer would be cut away."""
-    pairs: int
-    """Of all files, those left out among them."""
-    longest: int
-    """Tokens of the longest pair, also of those left out."""
-    answers_without_loss: int
-    """Answers of conversations where only others are learned."""
-
-    def facts(self) -> dict[str, Any]:
-        """For a summary: `{"pairs", "too_long": {"pairs", "where"}, "longest", "answers_without_loss"}`."""
-        return {
-            "pairs": self.pairs,
-            "too_long": {"pairs": len(self.too_long), "where": self.too_long},
-            "longest": self.longest,
-            "answers_without_loss": self.answers_without_loss,
-        }
+    facts: dict[str, Any]
+    """`{"pairs", "too_long": {"pairs", "where"}, "longest", "answers_without_loss"}`; `pairs` and `longest` (tokens) count
+    those left out as too long."""
 
 
 def read_examples(
@@ -143,38 +113,38 @@ def read_examples(
     made = tokenize_corpus(conversations.tokenizer, corpus, taking=taking)
     documents = np.empty(len(made), dtype=np.uint64)
     unlearned = np.empty(len(made), dtype=np.int32)
-    for index, about in enumerate(map(_About.of, made.names)):
-        documents[index], unlearned[index] = int(about.document, 16), about.unlearned
+    for index, name in enumerate(made.names):
+        document, count, _ = name.split(" ", 2)
+        documents[index], unlearned[index] = int(document, 16), int(count)
     first = np.flatnonzero(unlearned >= 0)
     lengths = np.maximum.reduceat(np.diff(made.offsets), first)  # of pairs
     fits = lengths <= context
     kept = np.flatnonzero(np.repeat(fits, np.diff(first, append=len(made))))
-    too_long = [_About.of(made.names[index]).where for index in first[~fits]]
-    read = Read(
-        Examples(made, kept),
-        documents[kept],
-        too_long,
-        len(first),
-        int(lengths.max()),
-        int(unlearned[first[fits]].sum()),
-    )
+    too_long = [made.names[index].split(" ", 2)[2] for index in first[~fits]]
+    pairs, longest = len(first), int(lengths.max())
     if not len(kept):
         raise UserError(
-            f"none of the {read.pairs:,} pairs in {', '.join(corpus.data)} fits {context:,} tokens, the longest has "
-            f"{read.longest:,}: give a longer --context, or shorter pairs (`longlora longqa build --section-tokens`)."
+            f"none of the {pairs:,} pairs in {', '.join(corpus.data)} fits {context:,} tokens, the longest has "
+            f"{longest:,}: give a longer --context, or shorter pairs (`longlora longqa build --section-tokens`)."
         )
     if too_long:
         more = f" and {len(too_long) - NAMED:,} more" if len(too_long) > NAMED else ""
         logger.warning(
             "%s of %s pairs do not fit %s tokens with their answer and are left out: %s%s; the longest has %s",
             f"{len(too_long):,}",
-            f"{read.pairs:,}",
+            f"{pairs:,}",
             f"{context:,}",
             ", ".join(too_long[:NAMED]),
             more,
-            f"{read.longest:,}",
+            f"{longest:,}",
         )
-    return read
+    facts = {
+        "pairs": pairs,
+        "too_long": {"pairs": len(too_long), "where": too_long},
+        "longest": longest,
+        "answers_without_loss": int(unlearned[first[fits]].sum()),
+    }
+    return Read(Examples(made, kept), documents[kept], facts)
 
 
 def hold_out(documents: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
