@@ -93,8 +93,8 @@ class Read(NamedTuple):
     documents: np.ndarray
     """(examples,) which document each is about."""
     facts: dict[str, Any]
-    """`{"pairs", "too_long": {"pairs", "where"}, "longest", "answers_without_loss"}`; `pairs` and `longest` (tokens) count
-    those left out as too long."""
+    """`{"pairs", "too_long": {"pairs", "where"}, "longest", "answers_without_loss"}`; `pairs` and `longest` count
+    (in tokens) those left out as too long."""
 
 
 def read_examples(
