@@ -88,19 +88,41 @@ class Names(Sequence[str]):
     __hash__ = None  # type: ignore[assignment]
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A whole entry, memory-mapped."""
+@dataclass(frozen=True, eq=False)
+class TokenizedCorpus:
+    """Documents end to end as tokens; all of it stays on disk."""
 
     tokens: np.ndarray
-    offsets: np.ndarray
-    names: Names
-    largest_token: int
+    """(T,) uint16 or uint32, memory-mapped."""
 
-    @staticmethod
-    def facts(dtype: np.dtype[Any], about: Mapping[str, Any]) -> dict[str, Any]:
-        """The first line of a manifest."""
-        return {"dtype": dtype.name, **about}
+    offsets: np.ndarray
+    """(documents + 1,) int64: where each document begins, and the end of the last; memory-mapped."""
+
+    names: Sequence[str]
+    """(documents,) names, as `Document.name`."""
+
+    largest_token: int
+    """The largest token id, to be checked against the model's vocabulary."""
+
+    from_cache: bool = False
+    """The tokens were there already; nothing was tokenised."""
+
+    folder: Path | None = None
+    """The cache entry; None for a corpus made in memory."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def document(self, index: int) -> np.ndarray:
+        """The tokens of document `index`, (n,), a view."""
+        index = range(len(self))[index]
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A data loader's worker process maps the file again: pickling a memory map would copy all of it.
+        if self.folder is None:
+            return TokenizedCorpus, (self.tokens, self.offsets, self.names, self.largest_token, self.from_cache)
+        return open_entry, (self.folder, self.from_cache)
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, Any], Shard, bool] | None:
@@ -116,7 +138,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], Shard, bool] | None:
         return None
 
 
-def open_entry(folder: Path) -> Entry | None:
+def open_entry(folder: Path, from_cache: bool = False) -> TokenizedCorpus | None:
     """The entry in `folder`; None where it is not there, not complete or damaged."""
     manifest = read_manifest(folder)
     if manifest is None or not manifest[2]:
@@ -134,7 +156,8 @@ def open_entry(folder: Path) -> Entry | None:
         logger.warning("the tokens in %s are damaged: making them anew", folder)
         shutil.rmtree(folder)
         return None
-    return Entry(maps["tokens"], maps["offsets"], Names(maps["names"], maps["name_ends"]), last.largest_token)
+    names = Names(maps["names"], maps["name_ends"])
+    return TokenizedCorpus(maps["tokens"], maps["offsets"], names, last.largest_token, from_cache, folder)
 
 
 class Shards:

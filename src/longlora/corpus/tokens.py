@@ -11,9 +11,8 @@ import importlib.metadata
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from longlora.corpus.documents import Reading, Tally, is_hub, read_documents, so
 from longlora.corpus.encoding import encode_documents, encode_records, tokenizer_fingerprint
 from longlora.corpus.formats import PARSED, hub_revision
 from longlora.corpus.records import Taking
-from longlora.corpus.shards import Entry, Shards, open_entry
+from longlora.corpus.shards import Shards, TokenizedCorpus, open_entry
 from longlora.errors import UserError
 from longlora.progress import Progress
 from longlora.settings import CorpusSettings
@@ -38,49 +37,6 @@ EXTRACTION = 2
 """Raised when our own way of making text of pages and PDFs changes."""
 
 _EXTRACTORS = ("trafilatura", "lxml", "pypdfium2")
-
-
-@dataclass(frozen=True, eq=False)
-class TokenizedCorpus:
-    """Documents end to end as tokens; all of it stays on disk."""
-
-    tokens: np.ndarray
-    """(T,) uint16 or uint32, memory-mapped."""
-
-    offsets: np.ndarray
-    """(documents + 1,) int64: where each document begins, and the end of the last; memory-mapped."""
-
-    names: Sequence[str]
-    """(documents,) names, as `Document.name`."""
-
-    largest_token: int
-    """The largest token id, to be checked against the model's vocabulary."""
-
-    from_cache: bool = False
-    """The tokens were there already; nothing was tokenised."""
-
-    folder: Path | None = None
-    """The cache entry; None for a corpus made in memory."""
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def document(self, index: int) -> np.ndarray:
-        """The tokens of document `index`, (n,), a view."""
-        index = range(len(self))[index]
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A data loader's worker process maps the file again: pickling a memory map would copy all of it.
-        if self.folder is None:
-            return TokenizedCorpus, (self.tokens, self.offsets, self.names, self.largest_token, self.from_cache)
-        return _opened, (self.folder, self.from_cache)
-
-
-def _opened(folder: Path, from_cache: bool) -> TokenizedCorpus:
-    entry = open_entry(folder)
-    assert entry is not None, f"the cache entry {folder} is gone"
-    return TokenizedCorpus(entry.tokens, entry.offsets, entry.names, entry.largest_token, from_cache, folder)
 
 
 def tokenize_corpus(
@@ -120,16 +76,17 @@ def cached(folder: Path, write: Any) -> TokenizedCorpus:
         UserError: the folder cannot be written, or is full.
     """
     with _disk_errors(folder.parent):
-        entry = open_entry(folder)
+        entry = open_entry(folder, from_cache=True)
         if entry is None:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _lock(folder.with_name(f"{folder.name}.lock")):
-                entry = open_entry(folder)  # another process may have made it meanwhile
+                entry = open_entry(folder, from_cache=True)  # another process may have made it meanwhile
                 if entry is None:
                     write(folder)
-                    return _opened(folder, from_cache=False)
+                    entry = open_entry(folder)
         (folder / "manifest.jsonl").touch()  # when it was last of use
-    return _opened(folder, from_cache=True)
+    assert entry is not None, f"the cache entry {folder} is gone"
+    return entry
 
 
 def cache_folder(corpus: CorpusSettings) -> Path:
@@ -186,7 +143,7 @@ def _write_entry(folder: Path, tokenizer: Any, corpus: CorpusSettings, reading: 
     sources = [file for source in corpus.data for file in source_files(source, reading.held_out)] if all_files else []
     size = sum(file.size for file in sources) if all_files else None
     about = {"data": list(corpus.data), "held_out": reading.held_out, "revisions": dict(reading.revisions)}
-    with Shards(folder, Entry.facts(dtype, about)) as shards:
+    with Shards(folder, {"dtype": dtype.name, **about}) as shards:
         tally = Tally(skipped=shards.last.skipped, malformed=list(shards.last.malformed), documents=shards.documents)
         if shards.documents:
             logger.info("going on after %s documents that were tokenised before", f"{shards.documents:,}")
