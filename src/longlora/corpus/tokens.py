@@ -107,7 +107,7 @@ def corpus_key(tokenizer: Any, corpus: CorpusSettings, reading: Reading) -> str:
     """
     digest = hashlib.sha256()
     held_out = reading.held_out if "stdlib" in corpus.data else None
-    taken = reading.text_field if isinstance(reading.text_field, str) else [reading.text_field.key]
+    taken = corpus.text_field if isinstance(reading.text_field, str) else [reading.text_field.key]
     settings = [CACHE_FORMAT, taken, corpus.encoding, corpus.special_tokens, corpus.max_tokens, held_out]
     digest.update(json.dumps([*settings, tokenizer_fingerprint(tokenizer)]).encode())
     parsed = False
