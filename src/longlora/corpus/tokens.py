@@ -31,7 +31,7 @@ from longlora.settings import CorpusSettings
 logger = logging.getLogger(__name__)
 
 CACHE_FORMAT = 3
-"""Raised when the meaning of the cached files changes, so that old entries are not read."""
+"""Raised when the meaning of the cached files, or what conversations become, changes: old entries are not read."""
 
 EXTRACTION = 2
 """Raised when our own way of making text of pages and PDFs changes."""
