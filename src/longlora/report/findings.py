@@ -65,11 +65,11 @@ def finding(run: Recorded) -> Finding:
         said += f"; the base model has {_value(beyond)} there"
     conclusions, good = _judge(far, home if home and home.context < far.context else None, beyond)
     stretched = _stretched(run, far)
-    if stretched:
-        untrained, worse = _untrained(*stretched, far)
-        conclusions.append(untrained)
-        good = None if good and worse else good
-    conclusions += _at_home(trained, home, far)
+    against = change(far, stretched[0]) if stretched else None
+    if stretched and against and direction(against) >= 0:
+        verdict = "made it worse" if direction(against) else "made no difference"
+        conclusions.append(f"Against positions stretched alone ({stretched[1]}), training {verdict}.")
+        good = None if good else good
     if run.context and far.context < run.context:
         conclusions.append(
             f"The model was trained for {wording.whole(run.context)} tokens; nothing was measured beyond {where}."
@@ -88,31 +88,30 @@ def _decisive(
     """Gain at the new length, loss at the old, and the cost."""
     there = f"at {wording.whole(far.context)} tokens"
     pairs = [
-        (f"gain {there} over positions stretched alone", far, stretched[0] if stretched else None),
+        (
+            f"gain {there} over positions stretched alone{f' ({stretched[1]})' if stretched else ''}",
+            far,
+            stretched[0] if stretched else None,
+        ),
         (f"gain {there} over the base model", far, beyond),
         (f"gain {there} over the base model in its own window", far, home),
-        ("loss in the old window", trained.at(home.context) if home else None, home),
+        ("change in the old window", trained.at(home.context) if home else None, home),
     ]
     found = []
     for name, one, other in pairs:
         if one and other and one is not other:
             difference = change(one, other)
-            told = "other text: not to be compared" if drawable(other.perplexity) else f"from {_value(other)}"
+            told = f"from {_value(other)}" + (", other text: not to be compared" if drawable(other.perplexity) else "")
             if difference:
-                told = _as_gain(difference.value) + (
-                    interval(difference) or "; no interval: one document, or an old file"
-                )
-            found.append((name.replace("loss", "change") if name.startswith("loss") else name, told))
+                sure = "" if interval(difference) else "; no interval: one document, or an old file"
+                told = f"perplexity {said(difference)}, from {_value(other)}{sure}"
+            found.append((name, told))
     cost = [
         f"{wording.duration(seconds)}" if (seconds := run.number("training", "seconds")) else "",
         f"{wording.whole(tokens)} tokens" if (tokens := run.whole("training", "tokens")) else "",
         f"{wording.memory(size)} of memory" if (size := run.whole("training", "memory_bytes")) else "",
     ]
     return found + ([("cost", ", ".join(filter(None, cost)))] if any(cost) else [])
-
-
-def _as_gain(share: float) -> str:
-    return f"perplexity {wording.change(share)} {'higher' if share > 0 else 'lower'}"
 
 
 def what_was_done(run: Recorded) -> list[str]:
@@ -164,30 +163,6 @@ def _stretched(run: Recorded, far: Measured) -> tuple[Measured, str] | None:
         if each.name.startswith("untrained") and (result := each.at(far.context)) and drawable(result.perplexity)
     ]
     return min(others, key=lambda other: other[0].perplexity, default=None)
-
-
-def _untrained(best: Measured, label: str, far: Measured) -> tuple[str, bool]:
-    """Training against stretching alone; and whether it was not better."""
-    start = f"Stretching the positions without training gives {_value(best)} there ({label})"
-    found = change(far, best)
-    if found is None:
-        return f"{start}, on other text.", False
-    verdict = ("brings it down by", "made no difference", "made it worse")[direction(found) + 1]
-    size = f" {wording.change(found.value)}{interval(found)}" if direction(found) < 0 else ""
-    return f"{start}; training {verdict}{size}.", direction(found) >= 0
-
-
-def _at_home(trained: Perplexities, home: Measured | None, far: Measured) -> list[str]:
-    now = trained.at(home.context) if home else None
-    found = change(now, home) if now and home and home.context != far.context else None
-    if home is None or now is None or found is None:
-        return []
-    how = ("fell", "hardly changed", "rose")[direction(found) + 1]
-    how += f" by {wording.change(found.value)}{interval(found)}" if direction(found) else ""
-    return [
-        f"At the old window of {wording.whole(home.context)} tokens perplexity {how}, "
-        f"from {_value(home)} to {_value(now)}."
-    ]
 
 
 def _not_measured(run: Recorded) -> Finding:
