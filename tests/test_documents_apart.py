@@ -46,6 +46,17 @@ FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
     "qwen3_5_text": (DELTA, False),
     "bamba": (MAMBA | {"attn_layer_indices": [1, 3]}, False),
     "olmo_hybrid": ({}, False),
+    # whose state changes logits by a hundredth of the largest, not much above bfloat16's steps
+    "jamba": (
+        {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 4,
+            "mamba_d_state": 8,
+            "initializer_range": 0.02,
+        },
+        False,
+    ),
 }
 """transformers' model type -> (config, whether its layers begin anew where positions do)."""
 
@@ -69,6 +80,7 @@ def test_whether_a_state_runs_on_is_found_out(name):
     use_shifted_attention(model.train(), 4)
     assert keeps_documents_apart(model) == apart
     assert model.training
+    assert keeps_documents_apart(model.to(torch.bfloat16)) == apart
 
 
 def test_a_hybrid_gets_one_conversation_a_row(tmp_path, tiny_tokenizer, caplog):

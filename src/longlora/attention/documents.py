@@ -9,19 +9,23 @@ from longlora.attention.transformers_backend import inference_with_pattern
 _DOCUMENT = 8
 """Tokens of each of the two documents that are tried."""
 
+_ROUNDING = 5e-4
+"""Share of the largest logit below which nothing is carried on; kept apart, CPUs give 0, and Jamba's state 0.009."""
+
 
 @torch.no_grad()
 def keeps_documents_apart(model: nn.Module) -> bool:
     """Whether what `model` (with S2-Attn) makes of a document is the same whatever stands before it in its row.
 
     Tried out, since what mixes tokens is any layer's own affair: gated delta nets, Mamba and short convolutions carry
-    their state on where positions begin again. Two rows of two documents differ in the first one alone.
+    their state on where positions begin again. Two rows of two documents differ in the first one alone; each
+    is there twice, for what a machine makes of the same row at two places of a batch is rounding.
     """
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     device, rows = base.device, base.config.get_text_config().vocab_size
     tokens = torch.randint(rows, (3, _DOCUMENT), generator=torch.Generator().manual_seed(0))
-    input_ids = torch.stack([tokens[[0, 2]].flatten(), tokens[[1, 2]].flatten()]).to(device)
-    positions = torch.arange(_DOCUMENT, device=device).repeat(2, 2)
+    input_ids = torch.stack([tokens[[0, 2]].flatten(), tokens[[1, 2]].flatten()]).repeat(2, 1).to(device)
+    positions = torch.arange(_DOCUMENT, device=device).repeat(4, 2)
     training = model.training
     model.eval()
     try:
@@ -29,7 +33,6 @@ def keeps_documents_apart(model: nn.Module) -> bool:
             outputs = model(input_ids=input_ids, position_ids=positions, use_cache=False)
     finally:
         model.train(training)
-    one, other = outputs.logits[:, _DOCUMENT:].double()
-    # far above rounding in the numbers' own precision, and far below what a state changes
-    tolerance = torch.finfo(outputs.logits.dtype).eps ** 0.5
-    return bool((one - other).abs().max() <= tolerance * one.abs().max())
+    first, second = outputs.logits[:, _DOCUMENT:].double().unflatten(0, (2, 2))
+    rounding = (first - second).abs().max()
+    return bool((first[0] - first[1]).abs().max() <= 4 * rounding + _ROUNDING * first.abs().max())
