@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longlora.corpus import documents, formats, standard_library
+from longlora.corpus import documents, formats, records, standard_library
 from longlora.corpus.documents import Document, Reading, Tally, read_documents, source_files
 from longlora.errors import UserError
 
@@ -200,6 +200,18 @@ def test_malformed_records_are_passed_over_up_to_a_number_and_named(tmp_path, ca
     assert f"4 malformed records ({path}, line 2, {path}, line 3, {path}, line 4 and 1 more)" in caplog.text
     assert "line 6: it is not valid JSON (nested too deeply)" in mistake(path, skip_malformed=3)
     assert "line 2" in mistake(path)
+
+
+def test_a_line_without_end_is_no_record_and_takes_no_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MOST_LINE_BYTES", 100_000)
+    path = tmp_path / "long.jsonl"
+    path.write_text('{"text": "one"}\n' + "[" * 5_000_000 + '\n{"text": "three"}\n')
+    tracemalloc.start()
+    assert [document.name for document in read(path, skip_malformed=1)] == [f"{path}:1", f"{path}:3"]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 600_000
+    assert "line 2: it has more than 100,000 bytes" in mistake(path)
 
 
 def test_reading_goes_on_where_it_was(tmp_path):
