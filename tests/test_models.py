@@ -17,11 +17,13 @@ from tiny_runs import FACTOR, disturb, extend, logits, make_run, save_base
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from longlora.errors import UserError
+from longlora.evaluation.loading import load_evaluated
 from longlora.model import precision
 from longlora.model.adapters import add_adapters, merge_adapters
 from longlora.model.loading import load, load_config, load_tokenizer
 from longlora.model.saving import save_adapter
 from longlora.model.source import locate, resolve
+from longlora.settings import PasskeySettings
 
 
 @pytest.fixture
@@ -52,6 +54,13 @@ def test_a_model_is_turned_to_what_the_cpu_computes_where_it_fits(
     precision.to_quick_dtype(model)
     assert {weight.dtype for weight in model.parameters()} == {dtype}
     assert model.dtype == dtype
+
+
+@pytest.mark.parametrize(("dtype", "found"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_evaluations_compute_in_what_the_cpu_has(monkeypatch: Any, dtype: str, found: torch.dtype) -> None:
+    monkeypatch.setattr(precision, "cpu_computes", lambda asked: asked == torch.float32)
+    model, _, _ = load_evaluated("demo", PasskeySettings(models=("demo",), dtype=dtype))
+    assert model.dtype == found
 
 
 def edit_json(path: Path, **fields: Any) -> None:
