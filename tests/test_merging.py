@@ -116,11 +116,13 @@ def test_an_adapter_that_unties_a_tied_model(
             parameter.data.add_(0.3 * torch.randn_like(parameter))
     adapted.save_pretrained(str(tmp_path / "adapter"))
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "adapter")).eval()
-    assert merge(str(tmp_path / "adapter"), tmp_path / "merged")["tied"] == stays_tied
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits(merged), logits(stock), rtol=0, atol=1e-4)
-    stored = json.loads((tmp_path / "merged" / "config.json").read_text())
-    assert stored["tie_word_embeddings"] == stays_tied  # which others than transformers go by
+    for keep_lora in (False, True) if lora == ["q_proj"] else (False,):
+        folder = tmp_path / f"merged-{keep_lora}"
+        assert merge(str(tmp_path / "adapter"), folder, keep_lora=keep_lora)["tied"] == stays_tied
+        merged = longlora.load(folder / "adapter" if keep_lora else folder)[0]
+        torch.testing.assert_close(logits(merged), logits(stock), rtol=0, atol=1e-4)
+        stored = json.loads((folder / "config.json").read_text())
+        assert stored["tie_word_embeddings"] == stays_tied  # which others than transformers go by
 
 
 @pytest.mark.parametrize("more", [{"lora_bias": True}, {"alora_invocation_tokens": [5]}])

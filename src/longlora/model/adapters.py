@@ -294,17 +294,4 @@ def merge_adapters(model: PeftModel) -> PreTrainedModel:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise UserError(f"the adapter cannot be merged ({error}): use it as it is.") from error
-    settle_tying(plain)
     return plain
-
-
-def settle_tying(plain: PreTrainedModel) -> None:
-    """Let `plain` be tied where its embedding and head are the same, and its config say no where they are not."""
-    embedding, head = cast(Any, plain.get_input_embeddings()), cast(Any, plain.get_output_embeddings())
-    if head is None or head.weight is embedding.weight or not plain.config.tie_word_embeddings:
-        return
-    if torch.equal(head.weight, embedding.weight):
-        head.weight = embedding.weight
-        return
-    for config in (plain.config, plain.config.get_text_config()):
-        config.tie_word_embeddings = False

@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from longlora.errors import UserError
-from longlora.model.adapters import settle_tying
 from longlora.model.loading import load, load_config, window
 from longlora.model.reading import quiet
 from longlora.model.source import ADAPTER_WEIGHTS, ModelSource, base_of, first_line, locate
@@ -142,7 +141,9 @@ def _lora_apart(model: Any, name: str) -> tuple[PreTrainedModel, LoraConfig, dic
     # PiSSA and its like take their start out of the base when they are loaded, and it is out of this base already
     config.init_lora_weights = True
     plain = model.unload()
-    settle_tying(plain)
+    head = plain.get_output_embeddings()
+    if head is not None and head.weight is not plain.get_input_embeddings().weight:
+        plain.config.tie_word_embeddings = False  # as PEFT says where it merges
     return plain, config, lora
 
 
