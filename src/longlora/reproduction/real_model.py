@@ -214,8 +214,13 @@ def _study(settings: ReproduceSettings) -> Study:
     refuse_mistakes(settings, known)
     folder = Path(settings.output or "runs/real-model")
     base = base_settings(settings, context)
-    kept = max(1, settings.steps // CHECKPOINTS)
-    base = replace(base, training=replace(base.training, dtype=quick_training_dtype(), save_every=kept))
+    training = replace(
+        base.training,
+        dtype=quick_training_dtype(),
+        gradient_checkpointing=True,
+        save_every=max(1, settings.steps // CHECKPOINTS),
+    )
+    base = replace(base, training=training)
     return Study(settings, window, base, folder, known)
 
 
