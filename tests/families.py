@@ -87,15 +87,23 @@ SMALL: dict[str, Any] = {
     "dim_ff": 80,
     "o_lora_rank": 16,
     "n_shared_experts": 1,
+    # of towers for pictures and sounds
+    "image_size": 28,
+    "patch_size": 14,
+    "depth": 2,
+    "out_hidden_size": 64,
+    "encoder_layers": 2,
 }
 OF_ONE: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
     "gpt_neo": {"num_layers": 6, "attention_types": [[["global", "local"], 3]]},
+    "gpt_oss": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+    "zaya": {"num_experts_per_tok": 1},
 }
 """What only some families take."""
 
-LARGEST = 4_000_000
+LARGEST = 16_000_000
 """Parameters above which a family is not tiny whatever is asked: its config has sizes of its own names."""
 
 COMMANDS = {
@@ -116,6 +124,10 @@ def families() -> list[str]:
     return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 
 
+def of_sizes(known: Any, sizes: dict[str, Any]) -> dict[str, Any]:
+    return {name: size for name, size in sizes.items() if hasattr(known, name)}
+
+
 def build(model_type: str) -> Any | None:
     """A tiny random model, `None` where its config takes other sizes than these."""
     own = SMALL | OF_ONE.get(model_type, {})
@@ -125,9 +137,8 @@ def build(model_type: str) -> Any | None:
         torch.manual_seed(0)
         try:
             known = AutoConfig.for_model(model_type)
-            config = AutoConfig.for_model(
-                model_type, **{name: size for name, size in sizes.items() if hasattr(known, name)}
-            )
+            parts = {name: of_sizes(getattr(known, name), sizes) for name in known.sub_configs}
+            config = AutoConfig.for_model(model_type, **of_sizes(known, sizes) | parts)
             with torch.device("meta"):
                 size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
             if size > LARGEST:
@@ -203,10 +214,12 @@ def table(rows: dict[str, dict[str, str] | None], versions: str) -> str:
     """docs/models.md."""
     notes: list[str] = []
 
-    def cell(answer: str | None) -> str:
+    def cell(family: str, answer: str | None) -> str:
         if answer is None or answer == "yes":
             return "–" if answer is None else "yes"
         sentence = re.sub(r"[^\s']*/tmp\w*/base", "MODEL", answer)
+        sentence = re.sub(rf"\b(an? )?{family}(_text)?\b", "the", sentence)  # so that families share a sentence
+        sentence = re.sub(r"\b\w+(For\w+|LMHead\w*|HeadModel|Model)\b", "the model", sentence)
         if sentence not in notes:
             notes.append(sentence)
         return f"no [{notes.index(sentence) + 1}]"
@@ -214,7 +227,7 @@ def table(rows: dict[str, dict[str, str] | None], versions: str) -> str:
     lines = [f"| family | {' | '.join(COMMANDS)} |", f"|---{'|---' * len(COMMANDS)}|"]
     for name, answers in rows.items():
         if answers is not None:
-            lines.append(f"| {name} | {' | '.join(cell(answers.get(column)) for column in COMMANDS)} |")
+            lines.append(f"| {name} | {' | '.join(cell(name, answers.get(column)) for column in COMMANDS)} |")
     unbuilt = ", ".join(name for name, answers in rows.items() if answers is None)
     left = ", ".join(name for name in families() if name not in rows)
     return "\n".join(
