@@ -3,6 +3,7 @@
 Nothing here reaches a network or a person's own caches, and torch is imported only by the tests that use it.
 """
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable
@@ -96,6 +97,12 @@ def tiny_tokenizer() -> "Callable[[], PreTrainedTokenizerFast]":
 def architecture(request: pytest.FixtureRequest) -> str:
     """Each served family in turn."""
     return request.param
+
+
+def pytest_collection_finish() -> None:
+    """A collection of garbage passes over what was imported, most of a second each time; training asks for many."""
+    gc.collect()
+    gc.freeze()
 
 
 _MISSING: list[str] = []

@@ -52,4 +52,6 @@ def printable(text: str) -> str:
     >>> printable("a\x1b[31mb\tc\n")
     'a[31mb\tc\n'
     """
+    if text.isprintable():
+        return text
     return "".join(character for character in text if character in "\n\t" or character.isprintable())
