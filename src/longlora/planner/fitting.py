@@ -105,8 +105,7 @@ class Fit:
         """The switches that can act on this model and these GPUs."""
         without = {"base_bits"} if self.anatomy.trainees.whole or not self.anatomy.trainees.frozen_linear else set()
         without |= set() if self.anatomy.tiles else {"tiled_mlp"}
-        in_pieces = self.settings.training.sequence_parallel > 1
-        without |= {"layer_tiles"} if in_pieces or not self.anatomy.layer_tiles else set()
+        without |= set() if self.anatomy.layer_tiles else {"layer_tiles"}
         without |= {"shard"} if self.settings.gpus == 1 else set()
         return tuple(name for name in SWITCHES if name not in without)
 

@@ -134,9 +134,10 @@ def layer_bytes(anatomy: Anatomy, layer: LayerShape, step: Step) -> LayerBytes:
     beside = 0 if anatomy.written_out else projected / 2
     attention_backward: float = number * (layer.output + projected + beside) + 8 * hidden
     pair = layer.key + layer.value
-    halo = number * pair * step.halo * step.rows / step.tokens
-    attention += halo
-    if step.halo:  # its gradient; and what comes back to a piece's own keys and values is summed in float32
+    if step.halo and not step.layer_tile:
+        halo = number * pair * step.halo * step.rows / step.tokens
+        attention += halo
+        # its gradient; and what comes back to a piece's own keys and values is summed in float32
         attention_backward += halo + 4 * pair
     if layer.window is not None and layer.window < step.context:
         attention_backward += 4 * projected  # a token is read by two chunks: summed in float32

@@ -225,8 +225,12 @@ class _Device:
         attention = step.tile_tokens * (layer.attention + layer.attention_backward) + halo * (4 + step.number) * pair
         inside = self.layer_input * 2 + max(step.tile_tokens * feedforward, attention)
         inside += step.tile_tokens * self.anatomy.hidden * 2 * stream_bytes(self.anatomy, step)  # its input and output
-        if step.tile_tokens < step.tokens:
-            inside += step.tokens * (4 + step.number) * pair + step.tile_tokens * step.number * pair
+        if step.tile_tokens < step.tokens or step.halo:
+            number = 4 + step.number
+            kept = (step.tokens + step.halo * step.rows) * number * pair
+            inside += kept + step.tile_tokens * step.number * pair
+            if step.halo:  # what comes back to a piece's own keys and values, when all tiles are done
+                inside = max(inside, self.layer_input * 2 + kept + step.tokens * number * pair)
         if not self.anatomy.trainees.whole:
             return inside, 0
         casts = 2 * shape.weights if step.low_precision else 0

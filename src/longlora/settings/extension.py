@@ -181,7 +181,7 @@ class ExtendSettings(ExtensionSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         training, train = self.training, self.trainable.train
-        self.memory.check(training.gradient_checkpointing, train, training.sequence_parallel, trains=True)
+        self.memory.check(training.gradient_checkpointing, train, trains=True)
         if not self.corpus.data:
             raise UserError("--data is missing: name files, folders, hub:NAME, or stdlib to train on.")
         if self.positions.row_tokens is not None and self.corpus.packing == "isolate":

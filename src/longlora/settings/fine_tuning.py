@@ -98,7 +98,7 @@ class SftSettings(CommandSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         training, train = self.training, self.trainable.train
-        self.memory.check(training.gradient_checkpointing, train, training.sequence_parallel, trains=True)
+        self.memory.check(training.gradient_checkpointing, train, trains=True)
         if not self.data:
             raise UserError("--data is missing: name the files of question-answer pairs to train on.")
         if not 0 <= self.held_out < 1:

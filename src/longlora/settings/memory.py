@@ -86,15 +86,12 @@ class MemorySettings(Checked):
             raise UserError(f"--gpu-memory is '{self.gpu_memory}': it must be a size such as 80GB or 24GiB.")
         return size
 
-    def check(
-        self, gradient_checkpointing: bool, train: tuple[str, ...], sequence_parallel: int = 1, trains: bool = False
-    ) -> None:
-        """Raises UserError where a switch does not go with what trains, no gradient checkpointing, or rows in pieces.
+    def check(self, gradient_checkpointing: bool, train: tuple[str, ...], trains: bool = False) -> None:
+        """Raises UserError where a switch does not go with what trains, or no gradient checkpointing.
 
         Args:
             gradient_checkpointing: it is on.
             train: parts that train.
-            sequence_parallel: processes that share a row.
             trains: of a command that trains, for which sizes say something only where switches are chosen by them.
         """
         manual = self.memory == "manual"
@@ -104,11 +101,6 @@ class MemorySettings(Checked):
                     f"--{name.replace('_', '-')} has no effect without gradient checkpointing ({does}): leave out "
                     "--no-gradient-checkpointing."
                 )
-        if self.layer_tile and sequence_parallel > 1:
-            raise UserError(
-                "--layer-tile takes a row in pieces on one device, --sequence-parallel on several, and the two do not "
-                "go together yet: leave one of them out."
-            )
         if self.base_bits == 4 and "full" in train:
             raise UserError("--base-bits is 4 but every weight trains: leave it out, or train lora, norm and embed.")
         for name in ("gpu_memory", "reserve"):

@@ -91,7 +91,7 @@ class PlanSettings(ExtensionSettings):
                 f"{rows}."
             )
         training, train = self.training, self.trainable.train
-        self.memory.check(training.gradient_checkpointing, train, training.sequence_parallel)
+        self.memory.check(training.gradient_checkpointing, train)
         if not 0 < self.utilisation <= 1:
             raise UserError(f"--utilisation is {self.utilisation:g}: it must be a share from 0 to 1, and above 0.")
         if not self.link_bytes_per_second > 0:

@@ -10,11 +10,16 @@ leaves its keys and values, and takes those of earlier tiles:
 
 So one computation of keys and values (and of the queries beside them) comes on top of gradient checkpointing's.
 
-Shapes: B rows, N tokens, T tokens of a tile, E hidden size, Hkv KV heads, D width.
+Where several processes share rows (`longlora.model.sequence_parallel`), each tiles its piece. No process waits for
+another's tiles: the keys and values that others read are computed before the tiles, and exchanged; the gradients that
+come back for them when all tiles are done go through the projections by themselves.
+
+Shapes: B rows, N tokens (of the piece), T tokens of a tile, E hidden size, Hkv KV heads, D width.
 """
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -27,159 +32,44 @@ from longlora.errors import UserError
 from longlora.model.adapters import norm_modules
 from longlora.model.memory_saving import offloaded_activations
 from longlora.model.memory_saving.tiled_mlp import casts_of_its_own, decoder_layers, in_tiles
-from longlora.model.pieces import Cut, Earlier, Piece, Reads
-
-
-class _KeysAreKnown(Exception):  # noqa: N818, it tells of no mistake
-    """Ends a layer's forward pass of which only keys and values were wanted."""
-
-
-class Tile(Piece):
-    """Tokens `[start, stop)` of the rows in one layer.
-
-    Attributes:
-        row: the pass of the layer that the tile belongs to.
-        own: its keys and values.
-        taken: what attention took of earlier tokens: the first of them, KV heads, keys and values.
-    """
-
-    def __init__(self, row: "Row", cut: Cut, only_keys: bool = False):
-        super().__init__(*cut, row.length, row.padding, row.positions)
-        self.row, self.only_keys = row, only_keys
-        self.own: tuple[Tensor, Tensor] | None = None
-        self.taken: list[tuple[int, slice, Tensor, Tensor]] = []
-
-    def with_earlier(
-        self, key: Tensor, value: Tensor, reads: Callable[[Cut], Reads | None]
-    ) -> tuple[Tensor, Tensor, Earlier | None]:
-        if self.own is not None:
-            raise UserError("a layer computes attention twice: --layer-tile cannot serve it; leave it out.")
-        self.own = key, value
-        if not torch.is_grad_enabled():
-            self.row.keep(self.start, key, value)
-        if self.only_keys:
-            raise _KeysAreKnown
-        if (needed := reads((self.start, self.stop))) is None:
-            return key, value, None
-        first, first_head, last_head = needed
-        heads = slice(first_head, last_head)
-        earlier_key, earlier_value = (x[:, heads, first : self.start].detach() for x in self.row.pair())
-        if torch.is_grad_enabled():
-            earlier_key, earlier_value = earlier_key.requires_grad_(), earlier_value.requires_grad_()
-            self.taken.append((first, heads, earlier_key, earlier_value))
-        return key, value, (first, first_head, earlier_key, earlier_value)
-
-
-class Row:
-    """One pass of one layer over rows of N tokens.
-
-    Attributes:
-        padding: (B, N), nonzero where there is a token, or None.
-        positions: (B, N) or (1, N), or None.
-    """
-
-    def __init__(self, layer: "TiledLayer", arguments: inspect.BoundArguments, length: int):
-        self.layer, self.arguments, self.length = layer, arguments, length
-        self.tiles = [(start, min(start + layer.tile, length)) for start in range(0, length, layer.tile)]
-        named = _named(arguments)
-        mask, self.positions = named.get("attention_mask"), named.get("position_ids")
-        self.padding = mask if mask is None or isinstance(mask, Tensor) else mask.padding
-        self._pair: tuple[Tensor, Tensor] | None = None
-
-    def run(self, hidden: Tensor, tile: Tile) -> Tensor:
-        """The layer's own forward of a tile's `hidden (B, T, E)`."""
-
-        cut = self.length, tile.start, tile.stop
-        keywords = {name: _of_tile(x, *cut) for name, x in self.arguments.kwargs.items()}
-        with tile.work():
-            output = self.layer.forward(hidden, *(_of_tile(x, *cut) for x in self.arguments.args[1:]), **keywords)
-        name = type(self.layer.module).__name__
-        if tile.own is None:
-            raise UserError(
-                f"{name} computes no attention that knows of tiles: --layer-tile serves layers that train with S2-Attn "
-                "(longlora.use_shifted_attention); leave it out."
-            )
-        hidden, *rest = output if isinstance(output, tuple) else (output,)
-        if any(isinstance(x, Tensor) for x in rest):
-            raise UserError(f"{name} gives more than hidden states: --layer-tile cannot serve it; leave it out.")
-        self.layer.gives = type(output), len(rest)
-        return hidden
-
-    def keep(self, start: int, key: Tensor, value: Tensor) -> None:
-        """Keys and values of the tokens from `start` on, for later tiles."""
-        if len(self.tiles) == 1:
-            return
-        if self._pair is None:
-            self._pair = _of_length(key, self.length, key.dtype), _of_length(value, self.length, value.dtype)
-        for whole, part in zip(self._pair, (key, value), strict=True):
-            whole[:, :, start : start + part.shape[2]] = part
-
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """Keys (B, Hkv, N, D) and values (B, Hkv, N, Dv), right before the tile at work."""
-        assert self._pair is not None, "attention asks for earlier tokens only where there are some"
-        return self._pair
-
-    def keep_all(self, tiles: Callable[[int], Tensor]) -> list[Tensor]:
-        """Keys and values of all `tiles` but the last, which no other reads; returns zeros for their gradients."""
-        with torch.no_grad():
-            for index, cut in enumerate(self.tiles[:-1]):
-                try:
-                    self.run(tiles(index), Tile(self, cut, only_keys=True))
-                except _KeysAreKnown as known:
-                    known.__traceback__ = None  # its frames hold tensors, and a reference to it
-        kept = [] if self._pair is None else self._pair
-        return [_of_length(x, self.length, torch.promote_types(x.dtype, torch.float32)).zero_() for x in kept]
-
-    def forget(self) -> None:
-        self._pair = None
-
-
-def _named(arguments: inspect.BoundArguments) -> dict[str, Any]:
-    """All arguments by name, those that a layer hands on to its attention among them."""
-    found: dict[str, Any] = {}
-    for name, value in arguments.arguments.items():
-        kind = arguments.signature.parameters[name].kind
-        found |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
-    return found
-
-
-def _of_tile(x: Any, length: int, start: int, stop: int) -> Any:
-    """An argument of a layer, of which tensors over a row's tokens are cut."""
-    if isinstance(x, tuple | list):
-        return type(x)(_of_tile(part, length, start, stop) for part in x)
-    if isinstance(x, Tensor) and x.ndim > 1 and x.shape[1] == length:
-        return x[:, start:stop]
-    return x[start:stop] if isinstance(x, Tensor) and x.shape == (length,) else x
-
-
-def _of_length(x: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """Room for keys or values of a row, tokens before heads in memory, as models make them."""
-    rows, heads, _, width = x.shape
-    return x.new_empty(rows, length, heads, width, dtype=dtype).transpose(1, 2)
+from longlora.model.memory_saving.tiles import Row, Tile
 
 
 class _InTiles(torch.autograd.Function):
-    """(Row, hidden (B, N, E), parameters that train) -> (B, N, E)."""
+    """(Row, whether its input waits in the host's memory, hidden (B, N, E), parameters that train) -> (B, N, E)."""
 
     @staticmethod
-    def forward(ctx: Any, row: Row, hidden: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, row: Row, offload: bool, hidden: Tensor, *parameters: Tensor) -> Tensor:
         ctx.row, ctx.parameters, ctx.kind = row, parameters, (hidden.dtype, hidden.device)
+        ctx.offload = offload
         device = hidden.device.type
         ctx.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        ctx.random_states = []
+        ctx.random_states = {}
         hidden = hidden.detach()
         whole: Tensor | None = None
+
+        def hidden_of(index: int) -> Tensor:
+            if index in ctx.random_states:
+                _set_random_state(ctx.random_states[index])
+            else:
+                ctx.random_states[index] = _random_state(hidden)
+            return row.of_piece(hidden, row.tiles[index])
+
         with casts_of_its_own(device):
-            for start, stop in row.tiles:
-                ctx.random_states.append(_random_state(hidden))
-                output = row.run(hidden[:, start:stop], Tile(row, (start, stop)))
+            if row.shared:
+                row.keep_all(hidden_of, [last := len(row.tiles) - 1])
+                row.keep_all(hidden_of, [index for index in row.read_by_others() if index != last])
+                row.exchange()
+            for index, cut in enumerate(row.tiles):
+                with _random_apart(hidden.device) if index in ctx.random_states else nullcontext():
+                    output = cast(Tensor, row.run(hidden_of(index), Tile(row, cut)))
                 if whole is None:
                     whole = output.new_empty(hidden.shape)
-                whole[:, start:stop] = output
+                row.of_piece(whole, cut).copy_(output)
                 del output
         row.forget()
-        if row.layer.offload:
-            ctx.on_host = [offloaded_activations.to_host(hidden[:, start:stop]) for start, stop in row.tiles]
+        if offload:
+            ctx.on_host = [offloaded_activations.to_host(row.of_piece(hidden, cut)) for cut in row.tiles]
         else:
             ctx.save_for_backward(hidden)
         return cast(Tensor, whole)
@@ -188,34 +78,46 @@ class _InTiles(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         row, (gradient,), (dtype, device) = ctx.row, gradients, ctx.kind
-        saved = None if row.layer.offload else ctx.saved_tensors[0]
-        sums = {i: _Sum(ctx.parameters[i]) for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed}
-        of_hidden = torch.empty(gradient.shape, dtype=dtype, device=device) if ctx.needs_input_grad[1] else None
+        saved = None if ctx.offload else ctx.saved_tensors[0]
+        sums = {i: _Sum(ctx.parameters[i]) for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed}
+        of_hidden = torch.empty(gradient.shape, dtype=dtype, device=device) if ctx.needs_input_grad[2] else None
 
         def hidden_of(index: int) -> Tensor:
-            start, stop = row.tiles[index]
             _set_random_state(ctx.random_states[index])
-            return (
-                offloaded_activations.from_host(ctx.on_host[index], device) if saved is None else saved[:, start:stop]
-            )
+            if saved is not None:
+                return row.of_piece(saved, row.tiles[index])
+            return offloaded_activations.from_host(ctx.on_host[index], device)
+
+        def through(index: int, of_output: Tensor | None, of_pair: list[Tensor]) -> None:
+            cut = row.tiles[index]
+            of_tile = None if of_hidden is None else row.of_piece(of_hidden, cut)
+            of_output = None if of_output is None else row.of_piece(of_output, cut)
+            _through(Tile(row, cut, of_output is None), hidden_of(index), of_output, of_tile, of_pair, [*sums.values()])
 
         with (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            _random_apart(device),
             torch.autocast(device.type, ctx.autocast, enabled=ctx.autocast is not None, cache_enabled=False),
         ):
-            of_pair = row.keep_all(hidden_of)
+            row.keep_all(hidden_of, range(len(row.tiles) if row.shared else len(row.tiles) - 1))
+            back = row.exchange() if row.shared else None
+            of_pair = row.zeros()
             for index in reversed(range(len(row.tiles))):
-                of_tile = None if of_hidden is None else of_hidden[:, slice(*row.tiles[index])]
-                _through(row, row.tiles[index], hidden_of(index), gradient, of_tile, of_pair, list(sums.values()))
+                through(index, gradient, of_pair)
+            if back is not None:
+                others = back(of_pair)
+                row.forget()
+                row.first = row.piece.start
+                del back, of_pair
+                for index in row.read_by_others():
+                    through(index, None, others)
         row.forget()
-        return None, of_hidden, *(sums[i].taken() if i in sums else None for i in range(len(ctx.parameters)))
+        return None, None, of_hidden, *(sums[i].taken() if i in sums else None for i in range(len(ctx.parameters)))
 
 
 def _through(
-    row: Row,
-    cut: Cut,
+    tile: Tile,
     hidden: Tensor,
-    gradient: Tensor,
+    of_output: Tensor | None,
     of_hidden: Tensor | None,
     of_pair: list[Tensor],
     sums: list["_Sum"],
@@ -224,28 +126,34 @@ def _through(
 
     Args:
         hidden: (B, T, E), the layer's input; its gradient is written to `of_hidden`.
-        gradient: (B, N, E), of the layer's output.
+        of_output: (B, T, E); None where a gradient goes through keys and values alone, and is added to `of_hidden`.
         of_pair: gradients of the row's keys and values. Those of the tile's own are whole; its earlier ones' are added.
     """
-    (start, stop), tile = cut, Tile(row, cut)
+    row = tile.row
     hidden = hidden.detach().requires_grad_(of_hidden is not None)
     with torch.enable_grad():
         # a view, because hooks on modules (FlopCounterMode's) cannot follow leaves in here
-        outputs, of_outputs = [row.run(hidden.view_as(hidden), tile)], [gradient[:, start:stop]]
-    if stop < row.length:
+        output = row.run(hidden.view_as(hidden), tile)
+    outputs, gradients = ([], []) if output is None else ([output], [of_output])
+    if of_output is None or tile.stop < row.piece.stop:
         for own, total in zip(cast(Any, tile.own), of_pair, strict=True):
             if own.requires_grad:
                 outputs.append(own)
-                of_outputs.append(total[:, :, start:stop].to(own.dtype))
+                gradients.append(row.of_tokens(total, tile.start, tile.stop).to(own.dtype))
     earlier = [x for _, _, *pair in tile.taken for x in pair]
     inputs = [*earlier, *([] if of_hidden is None else [hidden]), *(each.parameter for each in sums)]
-    found = torch.autograd.grad(outputs, inputs, of_outputs, allow_unused=True)
+    found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
     for place, (first, heads, *_) in enumerate(tile.taken):
         for total, part in zip(of_pair, found[2 * place : 2 * place + 2], strict=True):
             if part is not None:
-                total[:, heads, first:start] += part
+                row.of_tokens(total, first, tile.start)[:, heads] += part
     if of_hidden is not None:
-        of_hidden.copy_(found[len(earlier)])
+        (of_hidden.copy_ if of_output is not None else of_hidden.add_)(found[len(earlier)])
+
+
+def _random_apart(device: torch.device) -> Any:
+    """What is drawn inside changes nothing of what is drawn after it."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 class _Sum:
@@ -282,7 +190,6 @@ class TiledLayer:
 
     def __init__(self, forward: Callable[..., Any], tile: int, offload: bool):
         self.forward, self.tile, self.offload = forward, tile, offload
-        self.gives: tuple[type, int] = (Tensor, 0)
 
     @property
     def module(self) -> nn.Module:
@@ -296,8 +203,9 @@ class TiledLayer:
         name, hidden = next(iter(arguments.arguments.items()))
         arguments.arguments[name] = None  # else it would be kept for as long as the other arguments
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        output = _InTiles.apply(Row(self, arguments, hidden.shape[1]), hidden, *parameters)
-        kind, rest = self.gives
+        row = Row(self.forward, arguments, hidden.shape[1], self.tile)
+        output = _InTiles.apply(row, self.offload, hidden, *parameters)
+        kind, rest = row.gives
         return (output, *[None] * rest) if issubclass(kind, tuple) else output
 
 
