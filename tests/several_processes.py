@@ -86,6 +86,22 @@ def die_at(step: int, rank: int = 0) -> None:
     MetricsCallback.on_step_end = dying  # type: ignore[method-assign]
 
 
+def slowly_after(step: int, words: list[str]) -> None:
+    """The command, waiting a while at the end of each optimiser step from `step` on, so that a signal comes in time."""
+    from longlora.cli import main
+    from longlora.training.callbacks import MetricsCallback
+
+    own = MetricsCallback.on_step_end
+
+    def waiting(self, args, state, *rest, **more):  # type: ignore[no-untyped-def]
+        own(self, args, state, *rest, **more)
+        if state.global_step >= step:
+            time.sleep(1)
+
+    MetricsCallback.on_step_end = waiting  # type: ignore[method-assign]
+    main(words)
+
+
 def _status(work: Callable[[], object], log: Path) -> int:
     _kept.extend([sys.stdout, sys.stderr])
     logging.getLogger().handlers.clear()  # pytest's: the command sets up its own

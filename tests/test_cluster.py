@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +15,8 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from several_processes import die_at, start, together, wait
+from several_processes import die_at, slowly_after, start, together, wait
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from longlora.cli import main
 from longlora.run_directory import RunDirectory
@@ -31,7 +31,7 @@ WITHOUT_DEEPSPEED = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
     reason="DeepSpeed is not installed: DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed",
 )
-STEPS = 10
+STEPS = 5
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +58,12 @@ def command(place: Path, output: Path, base: str = "tied", **changes: object) ->
         "output": output,
         "steps": STEPS,
         "batch": 4,
-        "lr": "1e-2",
-        "warmup-steps": 4,
+        "lr": "1e-3",
+        "warmup-steps": 2,
         "dtype": "float32",
         "stride": 128,
         "contexts": 128,
-        "save-every": 4,
+        "save-every": 3,
     } | {name.replace("_", "-"): value for name, value in changes.items()}
     words = ["extend", str(place / base)]
     for name, value in options.items():
@@ -159,14 +159,15 @@ LORA, FULL = "lora,norm,embed", "full"
 def test_two_processes_are_one(place, one, tmp_path, engine, base, train):
     """Losses and weights; what they wrote one goes on from, and they from what one wrote."""
     run, log, shards = tmp_path / "two", tmp_path / "log", tmp_path / "shards"
-    from_one = cut_back(
-        one[base, train], tmp_path / "from-one", 4 if (one[base, train] / "checkpoint-4").exists() else 8
-    )
+    from_one = cut_back(one[base, train], tmp_path / "from-one", 3)
 
     def work(*words: str) -> None:
         no_compiling()
         note_shards(shards)
         main(list(words))
+
+    if engine.startswith("zero"):
+        import deepspeed  # noqa: F401  # once, and not in each of the processes
 
     for words in (command(place, run, base, train=train), [*command(place, from_one, base, train=train), "--resume"]):
         statuses = together(2, lambda words=words: work(*words), log, **ENGINES[engine])
@@ -179,7 +180,7 @@ def test_two_processes_are_one(place, one, tmp_path, engine, base, train):
         assert shares == pytest.approx([0.5, 0.5], abs=0.02)
     lines = log.read_text().splitlines()
     assert sum("perplexity of base model" in line for line in lines) == 1
-    alone = cut_back(run, tmp_path / "alone", 8)
+    alone = cut_back(run, tmp_path / "alone", 3)
     main([*command(place, alone, base, train=train), "--resume"])
     assert_same(alone, one[base, train])
 
@@ -189,9 +190,10 @@ def test_what_several_processes_save_stock_peft_loads(place, tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     run, log = tmp_path / "run", tmp_path / "log"
-    statuses = together(4, lambda: main(command(place, run, "untied")), log, **ENGINES["fsdp2"])
+    words = command(place, run, "untied", steps=2, evaluation_tokens=0)
+    statuses = together(4, lambda: main(words), log, **ENGINES["fsdp2"])
     assert statuses == [0] * 4, log.read_text()[-4000:]
-    main(["merge", str(run / f"checkpoint-{STEPS}"), "--output", str(tmp_path / "merged")])
+    main(["merge", str(run / "checkpoint-2"), "--output", str(tmp_path / "merged")])
     config = AutoConfig.from_pretrained(run / "adapter")
     base = AutoModelForCausalLM.from_pretrained(place / "untied", config=config, dtype=torch.float32)
     stock = PeftModel.from_pretrained(base, run / "adapter").eval()
@@ -203,8 +205,7 @@ def test_what_several_processes_save_stock_peft_loads(place, tmp_path):
 
 def test_the_last_step_of_an_epoch_repeats_no_row(place, tmp_path):
     """Rows that do not divide: 7 documents' worth over 4 at a time, three epochs."""
-    options = {"steps": 7, "max_tokens": 1700, "held_out": None}
-    options.pop("held_out")
+    options = {"steps": 7, "max_tokens": 1700, "evaluation_tokens": 0}
     main(command(place, tmp_path / "one", **options))
     log = tmp_path / "log"
     assert together(2, lambda: main(command(place, tmp_path / "two", **options)), log) == [0, 0], log.read_text()
@@ -267,40 +268,39 @@ def test_a_process_that_dies_is_named(place, tmp_path):
     assert time.monotonic() - began < 120
 
 
-def launched(words: list[str], log: Path) -> subprocess.Popen:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "longlora"]
-    return subprocess.Popen([*launch, *words], stdout=log.open("w"), stderr=subprocess.STDOUT)
-
-
 @pytest.mark.slow
 def test_sigterm_to_the_launcher_writes_a_checkpoint(place, one, tmp_path):
+    """torchrun's own launcher, whose two processes are forked from this one."""
     run, log = tmp_path / "run", tmp_path / "log"
-    words = command(place, run, save_every=100, steps=STEPS)
-    process = launched(words, log)
-    while len(losses(run)) < 2 and process.poll() is None:
+    words = command(place, run, save_every=100)
+
+    def launch() -> None:
+        where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "sigterm"}
+        elastic_launch(LaunchConfig(1, 1, 2, start_method="fork", **where), slowly_after)(2, words)
+
+    (launcher,) = start(1, launch, log)
+    while len(losses(run)) < 2 and psutil.Process(launcher).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.02)
-    process.terminate()
-    assert process.wait(120) != 0
+    os.kill(launcher, signal.SIGTERM)
+    assert wait([launcher], 120) != [0]
     checkpoint = RunDirectory(run).last_checkpoint(verify=True)
     assert checkpoint is not None, log.read_text()[-3000:]
     assert log.read_text().count("stopped by SIGTERM after step") == 1
     main([*words, "--resume"])
-    assert_same(run, one["tied", "lora,norm,embed"])
+    assert_same(run, one["tied", LORA])
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts the pages of processes as Linux does")
-def test_two_processes_load_one_copy_between_them(place, tmp_path, tiny_tokenizer):
+def test_two_processes_load_one_copy_between_them(place, tmp_path, tiny_model, tiny_tokenizer):
     """Peak of the pages of both, shared ones counted once, above what they had before; the kernel counts."""
     from longlora.cli import parse
     from longlora.training.common import load_for_training
     from longlora.training.sharding import shard
 
-    make = (
-        "import conftest; conftest.make_tiny_model('llama', vocab_size=4096, hidden_size=1024, intermediate_size=4096, "
-    )
-    make += f"num_attention_heads=8, num_hidden_layers=6).save_pretrained({str(tmp_path / 'base')!r})"
-    subprocess.run([sys.executable, "-c", make], check=True, cwd=Path(__file__).parent, capture_output=True)
+    sizes = {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8}
+    make = lambda: tiny_model("llama", num_hidden_layers=6, **sizes).save_pretrained(tmp_path / "base")  # noqa: E731
+    assert together(1, make, tmp_path / "log") == [0]
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     size = (tmp_path / "base" / "model.safetensors").stat().st_size
     assert 390e6 < size < 460e6

@@ -18,7 +18,7 @@ def small_demo(tmp_path, monkeypatch):
     folder.mkdir()
     draw = random.Random(0)
     for number in range(5):
-        lines = [f"def function_{draw.randrange(99)}(x): return x + {draw.randrange(99)}" for _ in range(400)]
+        lines = [f"def function_{draw.randrange(99)}(x): return x + {draw.randrange(99)}" for _ in range(150)]
         (folder / f"{number}.py").write_text("\n".join(lines))
     recipe = demo.recipe
 

@@ -3,10 +3,9 @@
 import copy
 import json
 import math
+import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import chat_tokenizers as tokenizers
@@ -19,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from safetensors.torch import load_file
-from several_processes import together
+from several_processes import start, together, wait
 
 from longlora.attention.transformers_backend import use_shifted_attention
 from longlora.cli import main
@@ -412,11 +411,12 @@ def test_a_killed_run_resumes_to_the_same_result(base_folder, pairs_file, tmp_pa
     options = {"epochs": 2, "device_batch": 2, "held_out": 0}
     main(command(base_folder, pairs_file, whole, **options))
     words = command(base_folder, pairs_file, killed, **options)
-    process = subprocess.Popen([sys.executable, "-m", "longlora", *words], stderr=subprocess.DEVNULL)
-    while RunDirectory(killed).last_checkpoint() is None and process.poll() is None:
+    (process,) = start(1, lambda: main(words), tmp_path / "log")
+    until = time.monotonic() + 120
+    while RunDirectory(killed).last_checkpoint() is None and time.monotonic() < until:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(process, signal.SIGKILL)
+    assert wait([process], 10) == [-signal.SIGKILL]
     assert not (killed / "adapter").exists()
     main([*words, "--resume"])
     losses = [[m["loss"] for m in RunDirectory(run).read_metrics() if "loss" in m] for run in (whole, killed)]

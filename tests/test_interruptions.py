@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from safetensors import SafetensorError
-from several_processes import start, wait
+from several_processes import slowly_after, start, wait
 from test_cluster import assert_same, command, cut_back, losses, one, place, result  # noqa: F401
 
 from longlora.cli import main
@@ -25,7 +25,7 @@ from longlora.run_directory import RunDirectory
 
 @pytest.fixture(scope="module")
 def whole(one) -> Path:  # noqa: F811
-    """A run of one process from end to end, with checkpoints 8 and 10."""
+    """A run of one process from end to end, with checkpoints 3 and 5."""
     return one["tied", "lora,norm,embed"]
 
 
@@ -51,13 +51,13 @@ def flip(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, lambda file: file.write_bytes(b""), flip, Path.unlink])
 def test_a_checkpoint_with_any_file_damaged_is_passed_over(whole, tmp_path, damage):
-    files = [file.relative_to(whole) for file in (whole / "checkpoint-10").rglob("*") if file.is_file()]
+    files = [file.relative_to(whole) for file in (whole / "checkpoint-5").rglob("*") if file.is_file()]
     assert len(files) >= 7
     for name in files:
         run = tmp_path / "run"
         shutil.copytree(whole, run)
         damage(run / name)
-        assert RunDirectory(run).last_checkpoint(verify=True) == run / "checkpoint-8", name
+        assert RunDirectory(run).last_checkpoint(verify=True) == run / "checkpoint-3", name
         shutil.rmtree(run)
 
 
@@ -65,28 +65,33 @@ def test_a_run_goes_back_to_the_last_whole_checkpoint_and_says_so(place, whole, 
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     shutil.rmtree(run / "adapter")
-    flip(next((run / "checkpoint-10" / "state").iterdir()))
+    flip(next((run / "checkpoint-5" / "state").iterdir()))
     flip(run / "evaluation" / "perplexity-base.json")
     (run / "evaluation" / "perplexity-untrained.json").write_text("{")
     main([*command(place, run), "--resume"])
-    assert "checkpoint-10 is not whole" in caplog.text
+    assert "checkpoint-5 is not whole" in caplog.text
     assert_same(run, whole)
 
 
 def test_checkpoints_go_by_their_steps_whatever_the_clock_says(place, whole, tmp_path):  # noqa: F811
-    run = cut_back(whole, tmp_path / "run", 8)
+    run = cut_back(whole, tmp_path / "run", 3)
     for file in run.rglob("*"):
         os.utime(file, (4e9, 4e9))  # the clock was ahead, and has stepped back
+    for name in ("checkpoint-10", "checkpoint-9"):
+        shutil.copytree(run / "checkpoint-3", run / name, copy_function=shutil.copyfile)
+    assert RunDirectory(run).last_checkpoint(verify=True) == run / "checkpoint-10"
+    for name in ("checkpoint-10", "checkpoint-9"):
+        shutil.rmtree(run / name)
     main([*command(place, run, save_every=1), "--resume"])
-    assert [folder.name for folder in RunDirectory(run).checkpoints()] == ["checkpoint-10", "checkpoint-9"]
+    assert [folder.name for folder in RunDirectory(run).checkpoints()] == ["checkpoint-5", "checkpoint-4"]
     assert_same(run, whole)
 
 
 def test_a_moved_run_goes_on_and_changed_documents_are_noticed(place, whole, tmp_path, capsys):  # noqa: F811
-    moved = cut_back(whole, tmp_path / "moved", 8)
+    moved = cut_back(whole, tmp_path / "moved", 3)
     main([*command(place, moved), "--resume"])
     assert_same(moved, whole)
-    changed = cut_back(whole, tmp_path / "changed", 8)
+    changed = cut_back(whole, tmp_path / "changed", 3)
     words = [*command(place, changed), "--resume"]
     more = place / "documents" / "more.txt"
     more.write_text("another document " * 20)
@@ -102,9 +107,9 @@ def test_a_moved_run_goes_on_and_changed_documents_are_noticed(place, whole, tmp
 
 
 def test_a_changed_setting_is_refused_or_accepted(place, whole, tmp_path, capsys):  # noqa: F811
-    run = cut_back(whole, tmp_path / "run", 8)
-    words = [*command(place, run, lr="1e-3"), "--resume"]
-    assert "'lr' was 0.01" in refused(words, capsys)
+    run = cut_back(whole, tmp_path / "run", 3)
+    words = [*command(place, run, lr="1e-2"), "--resume"]
+    assert "'lr' was 0.001" in refused(words, capsys)
     main([*words, "--accept-changes"])
     never = [*command(place, run, rank=4), "--resume", "--accept-changes"]
     assert "'rank' was 8" in refused(never, capsys)
@@ -136,8 +141,8 @@ def test_a_full_disk_is_a_sentence_and_resumes(place, whole, tmp_path, capsys, m
     name, error = PLACES[at]
     fresh = at in ("settings", "tokens")
     if not fresh:
-        cut_back(whole, run, 8)
-    words = command(place, run, data=place / "documents" if not fresh else place / "documents" / "01.txt", steps=9)
+        cut_back(whole, run, 3)
+    words = command(place, run, data=place / "documents" if not fresh else place / "documents" / "01.txt", steps=4)
 
     def full(*_: object, **__: object) -> None:
         raise error
@@ -149,11 +154,11 @@ def test_a_full_disk_is_a_sentence_and_resumes(place, whole, tmp_path, capsys, m
     if not fresh:
         last = RunDirectory(run).last_checkpoint(verify=True)
         assert last is not None
-        assert last.name == ("checkpoint-9" if at in ("result", "report") else "checkpoint-8")
+        assert last.name == ("checkpoint-4" if at in ("result", "report") else "checkpoint-3")
         assert not list(run.glob(".checkpoint-*"))
     if at in ("weights", "result"):
         main([*words, "--resume"])
-        assert losses(run) == pytest.approx(losses(whole)[:9], abs=1e-6)
+        assert losses(run) == pytest.approx(losses(whole)[:4], abs=1e-6)
 
 
 def test_an_output_folder_that_disappears_is_a_sentence(place, tmp_path, capsys, monkeypatch):  # noqa: F811
@@ -175,7 +180,7 @@ def test_an_output_folder_that_disappears_is_a_sentence(place, tmp_path, capsys,
 def test_a_signal_writes_a_checkpoint_after_the_step(place, whole, tmp_path, number, processes):  # noqa: F811
     run, log = tmp_path / "run", tmp_path / "log"
     words = command(place, run, save_every=100)
-    children = start(processes, lambda: main(words), log)
+    children = start(processes, lambda: slowly_after(2, words), log)
     until = time.monotonic() + 120
     while len(losses(run)) < 2 and time.monotonic() < until:
         time.sleep(0.01)

@@ -237,8 +237,8 @@ SWITCHED = {
     "tiled": ({"tiled_mlp": True}, trainee("llama2-7b", 2), 16384, 0.1),
     "tiles of 1000": ({"tiled_mlp": True, "mlp_tile": 1000}, trainee("llama2-7b", 2, ("lora",)), 8192, 0.05),
     "tiled, every weight": ({"tiled_mlp": True}, trainee("llama2-7b", 1, ("full",), dtype="float32"), 8192, 0.01),
-    "activations": ({"offload_activations": True}, trainee("smollm2-135m", 12), 16384, 0.1),
-    "optimizer": ({"offload_optimizer": True}, trainee("llama2-7b", 2), 4096, 0.1),
+    "activations": ({"offload_activations": True}, trainee("smollm2-135m", 6, loss_chunk=2048), 32768, 0.05),
+    "optimizer": ({"offload_optimizer": True}, trainee("smollm2-135m", 2), 4096, 0.1),
     "all": (
         {"tiled_mlp": True, "offload_activations": True, "offload_optimizer": True},
         trainee("llama2-7b", 3),
