@@ -138,7 +138,9 @@ def test_fake_tensors_count_what_real_ones_take():
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peak")
 def test_predicted_within_ten_per_cent_of_the_peak_of_a_process(tmp_path):
-    command = "plan smollm2-135m --context 1024 --measure --measure-by process --measure-layers 2 --dtype float32 --json"
+    command = (
+        "plan smollm2-135m --context 1024 --measure --measure-by process --measure-layers 2 --dtype float32 --json"
+    )
     assert together(1, lambda: main(command.split()), tmp_path / "out") == [0]
     out = (tmp_path / "out").read_text()
     measured = json.loads(out[out.index("{") : out.rindex("}") + 1])["measured"]
