@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from safetensors.torch import load_file
-from several_processes import start, together, wait
+from several_processes import start as start_processes
+from several_processes import together, wait
 
 from longlora.attention.transformers_backend import use_shifted_attention
 from longlora.cli import main
@@ -411,7 +412,7 @@ def test_a_killed_run_resumes_to_the_same_result(base_folder, pairs_file, tmp_pa
     options = {"epochs": 2, "device_batch": 2, "held_out": 0}
     main(command(base_folder, pairs_file, whole, **options))
     words = command(base_folder, pairs_file, killed, **options)
-    (process,) = start(1, lambda: main(words), tmp_path / "log")
+    (process,) = start_processes(1, lambda: main(words), tmp_path / "log")
     until = time.monotonic() + 120
     while RunDirectory(killed).last_checkpoint() is None and time.monotonic() < until:
         time.sleep(0.01)
