@@ -28,7 +28,7 @@ from longlora.planner.reading import read_anatomy
 from longlora.planner.shapes import find_config
 from longlora.report.attention_picture import panels
 from longlora.report.axes import Axis, context_axis, linear_axis, measured_axis, step_axis
-from longlora.report.charts import Bar, Bars, Line, Point, bar_chart, line_chart
+from longlora.report.charts import Line, Point, line_chart
 from longlora.report.svg import Drawing, text_width
 from longlora.settings import LoadSettings, PatternOptions, TrainableSettings
 
@@ -258,18 +258,28 @@ def heat_map(
 def cost(model: str, contexts: Sequence[int]) -> Picture:
     """Operations of one forward pass of `model` with full attention and with S²-Attn, by the planner's count."""
     anatomy = read_anatomy(find_config(model, LoadSettings()), TrainableSettings())
-    groups = []
+    counts = {}
     for context in contexts:
         full, shifted = (forward_flops(anatomy, context, group).table7() for group in (None, context // 4))
-        bars = [
-            Bar("full, in all", "tone-1", full["total"], f"{full['total']:,.1f}"),
-            Bar("full, attention", "tone-1", full["attention"], f"{full['attention']:,.1f}"),
-            Bar("S², in all", "tone-0", shifted["total"], f"{shifted['total']:,.1f}"),
-            Bar("S², attention", "tone-0", shifted["attention"], f"{shifted['attention']:,.1f}"),
-        ]
-        groups.append(Bars(f"{context:,} tokens", bars, "TFLOP"))
-    drawn = bar_chart(groups, width=WIDTH - 2 * MARGIN, description="Operations of one forward pass, in TFLOP.")
-    return _within(drawn, WIDTH - 2 * MARGIN)
+        for way, tone, found in (("full", "tone-1", full), ("S²", "tone-0", shifted)):
+            counts[context, f"{way}, in all"] = (tone, found["total"])
+            counts[context, f"{way}, attention"] = (tone, found["attention"])
+    named = max(text_width(label) for _, label in counts) + 10
+    valued = max(text_width(f"{value:,.1f}") for _, value in counts.values()) + 10
+    longest = max(value for _, value in counts.values())
+    drawing = Drawing(WIDTH - 2 * MARGIN, 0, "Operations of one forward pass, in TFLOP.")
+    top, last = -12, 0
+    for (context, label), (tone, value) in counts.items():
+        if context != last:
+            drawing.text(0, top + 24, f"{context:,} tokens", class_="title")
+            drawing.text(drawing.width, top + 24, "TFLOP", "end", "strong")
+            top, last = top + 36, context
+        length = (drawing.width - named - valued) * value / longest
+        drawing.text(named - 10, top + 12, label, "end")
+        drawing.add("rect", x=named, y=top, width=length, height=17, rx=2, class_=f"{tone} fill")
+        drawing.text(named + length + 6, top + 13, f"{value:,.1f}")
+        top += 22
+    return _standing(drawing, top)
 
 
 def table_of(document: str, first_cell: str) -> dict[str, dict[int, float]]:

@@ -1,4 +1,4 @@
-"""`longlora bench step` and `longlora bench memory`: steps that agree before they are timed, memory counted twice."""
+"""`longlora bench step`: steps that agree before they are timed, memory counted and planned."""
 
 import json
 
@@ -10,16 +10,14 @@ from transformers import AutoConfig
 
 from longlora import cli
 from longlora.bench import correctness, trainers
-from longlora.bench import memory as memory_bench
 from longlora.bench import step as step_bench
-from longlora.bench.memory import bench_memory
 from longlora.bench.step import Cost, bench_step, read_config
 from longlora.bench.trainers import Taken, Way, make_ways, random_rows
 from longlora.errors import UserError
 from longlora.model.memory_saving.tiled_mlp import TiledForward
 from longlora.settings import (
+    STEP_WAYS,
     AttentionSettings,
-    BenchMemorySettings,
     BenchStepSettings,
     MemorySettings,
     PatternOptions,
@@ -281,57 +279,22 @@ def test_the_command_line(shape, capsys):
     assert caught.value.code == 2
 
 
-# --------------------------------------------------------------------------------------------------------------- memory
-
-
-def memory_settings(**changes):
-    return BenchMemorySettings(**({"model": "smollm2-135m", "layers": 1, "context": (640,), "json": True} | changes))
-
-
 def test_real_steps_take_what_the_plan_says(tmp_path):
     folder = tmp_path / "wide"
     sizes = {"vocab_size": 1009, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "max_position_embeddings": 4096, "tie_word_embeddings": False}
     AutoConfig.for_model("llama", **sizes).save_pretrained(folder)
-    wanted = memory_settings(
-        model=str(folder), layers=None, switches=("gradient_checkpointing", "tiled_mlp"), context=(1500,)
-    )
-    counted = bench_memory(wanted)["results"]
-    cases = [(each["way"], each["switches"]) for each in counted]
-    checkpointing = ["gradient_checkpointing"]
-    assert cases == [
-        ("plain", []),
-        ("plain", checkpointing),
-        ("full", checkpointing),
-        ("s2", []),
-        ("s2", checkpointing),
-        ("s2", [*checkpointing, "tiled_mlp"]),
-    ]
-    for each in counted:
-        assert each["ratio"] == each["predicted_bytes"] / each["measured_bytes"]
-        assert each["ratio"] == pytest.approx(1, abs=0.15 if each["way"] == "plain" else 0.1)
-
-
-def test_what_a_machine_cannot_do_is_said(shape, capsys):
-    switches = ("gradient_checkpointing", "offload_activations", "base_bits")
-    document = bench_memory(memory_settings(model=shape, switches=switches, context=(40,), json=False))
-    notes = [each["note"] for each in document["results"]]
-    assert notes[:5] == [None] * 5
-    assert all("nowhere to offload to" in note for note in notes[5:])
-    assert "nowhere to offload to" in capsys.readouterr().out
-
-
-def test_a_step_that_runs_out_of_memory_is_a_line(shape, monkeypatch):
-    def step(*_):
-        raise torch.OutOfMemoryError("too much")
-
-    monkeypatch.setattr(memory_bench, "_step_bytes", step)
-    document = bench_memory(memory_settings(model=shape, switches=(), context=(40,)))
-    assert {each["note"] for each in document["results"]} == {"out of memory"}
-
-
-def test_offloading_comes_after_what_it_moves():
-    with pytest.raises(UserError, match="names offload_activations before gradient_checkpointing"):
-        memory_settings(switches=("offload_activations", "gradient_checkpointing"))
-    with pytest.raises(UserError, match="unknown --switches part 'tiled'"):
-        memory_settings(switches=("tiled",))
+    cases = ((False, False, ("plain", "s2")), (True, False, STEP_WAYS), (True, True, ("s2",)))
+    for checkpointing, tiled, ways in cases:
+        wanted = BenchStepSettings(
+            model=str(folder),
+            context=(1500,),
+            ways=ways,
+            repeats=1,
+            gradient_checkpointing=checkpointing,
+            memory=MemorySettings(tiled_mlp=tiled),
+            json=True,
+        )
+        for way, cost in bench_step(wanted)["results"][0]["ways"].items():
+            ratio = cost["predicted_bytes"] / cost["memory_bytes"]
+            assert ratio == pytest.approx(1, abs=0.15 if way == "plain" else 0.1), (way, checkpointing, tiled)

@@ -61,7 +61,7 @@ def test_out_of_memory_names_what_the_command_has(monkeypatch, capsys, words, wa
 
 @pytest.mark.parametrize(
     ("words", "instead"),
-    [("bench perplexity demo", "longlora eval perplexity"), ("bench memory demo --by fake", "longlora plan MODEL")],
+    [("bench perplexity demo", "longlora eval perplexity"), ("bench memory demo --by fake", "longlora bench step")],
 )
 def test_what_is_gone_says_what_there_is_instead(words, instead, capsys):
     assert instead in said(words.split(), capsys)

@@ -15,10 +15,11 @@ from test_report import HOSTILE, spoiled
 
 from longlora import cli
 from longlora.errors import UserError
-from longlora.report.comparison.command import render_comparison, report
-from longlora.report.comparison.costs import cost
-from longlora.report.comparison.missing import missing
-from longlora.report.comparison.subjects import read_subjects
+from longlora.report.command import report
+from longlora.report.costs import cost_of
+from longlora.report.missing import missing
+from longlora.report.models import read_models
+from longlora.report.page import render
 from longlora.report.reading import read_run
 from longlora.settings import ReportSettings
 
@@ -51,7 +52,7 @@ def write_runs(folder: Path, changes: dict[str, dict[str, Any]] | None = None) -
 
 
 def page_of(paths: list[str]) -> Element:
-    return Page(render_comparison(read_subjects(paths))).root
+    return Page(render(read_models(paths))).root
 
 
 def section(page: Element, name: str) -> Element:
@@ -177,7 +178,7 @@ def test_a_cell_of_a_study_says_what_it_cost(tmp_path: Path) -> None:
         "attention_cost": {"pairs": 12082544640, "share": 0.25},
     }
     write_run(tmp_path / "cell", {"settings.yaml": {"model": "demo"}, "evaluation/cell.json": cell})
-    found = cost("cell", read_run(tmp_path / "cell"))
+    found = cost_of("cell", read_run(tmp_path / "cell"))
     assert (found.seconds, found.tokens, found.pairs, found.share) == (264.4, 245760, 12082544640, 0.25)
 
 
@@ -220,7 +221,7 @@ def test_what_was_measured_in_another_way_stands_apart(
     assert heading == "retrieval" or {"two", "three"} in names
     assert heading == "retrieval" or not any("one" in each and len(each) > 1 for each in names)
     measure = file.partition("-")[0]
-    (again,) = [each for each in missing(read_subjects(paths)) if "in the way of the others" in each.what]
+    (again,) = [each for each in missing(read_models(paths)) if "in the way of the others" in each.what]
     assert again.commands[0].startswith(f"longlora eval {measure} {paths[0]}")
 
 
@@ -248,7 +249,7 @@ def test_what_is_missing_is_named_with_the_command_that_measured_the_others(tmp_
     """With every flag of that command, but those of one model or one call."""
     gone = {f"evaluation/{name}.json": None for name in ("passkey", "ruler", "longppl", "lines", "topics")}
     paths = write_runs(tmp_path, {"two": gone, "three": {"evaluation/passkey.json": None}})
-    named = {each.what: each.commands for each in missing(read_subjects(paths))}
+    named = {each.what: each.commands for each in missing(read_models(paths))}
     assert named == {
         "Pass keys of two and three": [
             f"longlora eval passkey {paths[1]} {paths[2]} --trials 5 --contexts 1024,4096 --depths 3"
@@ -271,7 +272,7 @@ def test_every_command_of_the_page_is_understood(tmp_path: Path) -> None:
         del row["depth"]
     write_run(tmp_path / "results", {"passkey.json": original, "lines.json": listed("lines", {200: 1.0}, seed=None)})
     for paths in ([*write_runs(tmp_path), str(tmp_path / "bare"), str(tmp_path / "results")], [str(tmp_path / "bare")]):
-        commands = [command for each in missing(read_subjects(paths)) for command in each.commands]
+        commands = [command for each in missing(read_models(paths)) for command in each.commands]
         assert len(commands) >= 7
         for command in commands:
             words = shlex.split(command)
@@ -284,7 +285,7 @@ def test_the_runs_own_perplexity_says_what_was_lost_at_short_length(tmp_path: Pa
     found = section(page_of(paths), "short").text
     change = 100 * (1.05 * 24.12 / 24.3712 - 1)
     assert f"regressed by {change:.1f}%" in found
-    named = [each.what for each in missing(read_subjects(paths))]
+    named = [each.what for each in missing(read_models(paths))]
     assert named == ["What is lost at short length of two in the way of the others"]
 
 
@@ -298,7 +299,7 @@ def test_folders_of_results_and_baselines(tmp_path: Path) -> None:
     write_run(several, {"baseline/passkey.json": passkey({1024: 0.5}, model="owner/base")})
     mine = passkey({1024: 0.75}, model="owner/mine", label="owner/mine, ntk to 4,096, not trained")
     write_run(several, {"1-mine/passkey.json": mine | {"extend_to": 4096, "method": "ntk"}})
-    subjects = read_subjects([one, str(several)])
+    subjects = read_models([one, str(several)])
     assert [subject.name for subject in subjects] == ["demo (baseline)", "owner/base (baseline)", "one", "1-mine"]
     assert [subject.model for subject in subjects] == ["demo", "owner/base", one, "owner/mine"]
     text = page_of([one, str(several)]).text
@@ -311,7 +312,7 @@ def test_folders_of_results_and_baselines(tmp_path: Path) -> None:
 def test_names_that_are_alike_get_their_folders(tmp_path: Path) -> None:
     for name in ("a/seed0", "b/seed0", "c"):
         write_run(tmp_path / name, {"settings.yaml": {"model": "demo"}})
-    names = [each.name for each in read_subjects([str(tmp_path / name) for name in ("a/seed0", "b/seed0", "c")])]
+    names = [each.name for each in read_models([str(tmp_path / name) for name in ("a/seed0", "b/seed0", "c")])]
     assert names == ["a/seed0", "b/seed0", "c"]
 
 
@@ -319,10 +320,10 @@ def test_folders_that_hold_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path, said in (("empty", "holds no results"), ("missing", "does not exist")):
         with pytest.raises(UserError, match=f"{path}' {said}: give run directories"):
-            read_subjects([str(tmp_path / path)])
+            read_models([str(tmp_path / path)])
     run = write_runs(tmp_path)[0]
     with pytest.raises(UserError, match="'.*one' is named twice: leave one of them out"):
-        read_subjects([run, run + "/"])
+        read_models([run, run + "/"])
     with pytest.raises(UserError, match="MODEL is missing"):
         ReportSettings(models=())
 
@@ -332,7 +333,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.chdir(tmp_path)
     cli.main(["report", *paths])
     assert capsys.readouterr().out == "comparison.html\n"
-    assert Path("comparison.html").read_text(encoding="utf-8") == render_comparison(read_subjects(paths))
+    assert Path("comparison.html").read_text(encoding="utf-8") == render(read_models(paths))
     cli.main(["report", *paths[:2], "--output", "other.html", "--json"])
     document = json.loads(capsys.readouterr().out)
     assert (document["report"], document["models"], document["missing"]) == ("other.html", ["one", "two"], [])
@@ -344,10 +345,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
 
 
 def test_the_page_of_one_run_shows_its_evaluations_too(tmp_path: Path) -> None:
-    from longlora.report.page import render
-
-    run = write_runs(tmp_path)[1]
-    page = Page(render(run)).root
+    page = page_of([write_runs(tmp_path)[1]])
     assert section(page, "retrieval").text.count("Pass keys found") == 1
     assert rows_of(section(page, "ruler").all("table")[0])[1] == ["two", "95.0", "85.7", "50.0", "2,048, of 2 tasks"]
     assert "regressed by 5.0%" in section(page, "short").text
@@ -409,5 +407,5 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes) -> 
     paths = write_runs(tmp_path)
     (Path(paths[1]) / "evaluation" / "passkey.json").write_bytes(content)
     page = page_of(paths)
-    assert "two, evaluation/passkey.json" in section(page, "unreadable").text
+    assert "two, evaluation/passkey.json" in section(page, "left-out").text
     assert "Pass keys of two" in section(page, "missing").text

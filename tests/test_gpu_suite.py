@@ -135,7 +135,7 @@ def test_every_case_can_be_called(case, monkeypatch):
     json.dumps(case.arguments)
     if module == "parts":  # what the package's benchmarks are given is valid
         asked = []
-        for bench in ("bench_attention", "bench_step", "bench_memory"):
+        for bench in ("bench_attention", "bench_step"):
             monkeypatch.setattr(parts, bench, lambda settings: asked.append(settings) or {})
         function(**case.arguments, seconds_left=1.0)
         assert asked[0].json
@@ -251,11 +251,11 @@ def test_the_summary_tells_what_it_can_of_anything():
         {"part": "ladder", "case": "base", "result": {"rung": "base", "switches": [], "note": "no | bitsandbytes"}},
         {"part": "parity", "case": "flex", "error": "Boom:\nline"},
     ]
-    text = summary(records, [Case("memory", "x", "parts:memory", {}, 1, 1)])
+    text = summary(records, [Case("ladder", "x", "ladder:rung", {}, 1, 1)])
     assert "cannot be told: KeyError" in text
     assert "no \\| bitsandbytes" in text
     assert "- parity/flex: Boom: line" in text
-    assert "- memory/x: not run" in text
+    assert "- ladder/x: not run" in text
 
 
 def test_the_verdicts():

@@ -20,6 +20,7 @@ from report_runs import CONTEXTS, perplexities, plain, whole_run, write_run
 from longlora import cli
 from longlora.errors import UserError
 from longlora.report import attention_picture
+from longlora.report.models import read_models
 from longlora.report.page import render, write_report
 from longlora.report.recipe import OF_THIS_RUN
 from longlora.report.sections import SECTIONS
@@ -32,7 +33,7 @@ HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7 * 7 }}{
 
 
 def page_of(folder: Path, pieces: dict[str, Any]) -> Element:
-    return Page(render(write_run(folder, pieces))).root
+    return Page(render(read_models([write_run(folder, pieces)]))).root
 
 
 def table(page: Element, name: str) -> dict[str, list[Element]]:
@@ -43,16 +44,21 @@ def table(page: Element, name: str) -> dict[str, list[Element]]:
     return {row[0].text.strip(): row[1:] for row in rows}
 
 
+def label_of(file: dict[str, Any], run: str = "mine") -> str:
+    """What the page of the run directory `run` calls one of its perplexity files."""
+    return {"base model": "demo, as it was", "longlora": run}.get(file["label"], f"demo, {file['label']}")
+
+
 # ------------------------------------------------------------------------------------------------------- the numbers
 
 
 def test_perplexity_table_holds_the_numbers_of_the_json_and_marks_the_best(tmp_path):
     pieces = whole_run()
-    rows = table(page_of(tmp_path, pieces), "perplexity")
+    rows = table(page_of(tmp_path / "mine", pieces), "perplexity")
     files = [piece for name, piece in pieces.items() if "perplexity" in name]
     assert [value(cell) for cell in rows["model"]] == list(CONTEXTS)
     for file in files:
-        cells = rows[file["label"]]
+        cells = rows[label_of(file)]
         assert [value(cell) for cell in cells] == [result["perplexity"] for result in file["results"]]
         for cell, result in zip(cells, file["results"], strict=True):
             assert float(cell.all("data")[0].text) == pytest.approx(result["perplexity"], rel=2e-3)
@@ -60,16 +66,16 @@ def test_perplexity_table_holds_the_numbers_of_the_json_and_marks_the_best(tmp_p
             assert ("best" in cell.classes) == (result["perplexity"] == min(others))
     assert [cell.text for cell in rows["tokens scored"]] == ["402,113"] * 5
     assert [cell.text for cell in rows["documents"]] == ["35"] * 5
-    order = [label for label in rows if label in [file["label"] for file in files]]
-    assert order == ["base model", "YaRN, not trained", "PI, not trained", "longlora"]
+    order = [label for label in rows if label in [label_of(file) for file in files]]
+    assert order == ["demo, as it was", "demo, YaRN, not trained", "demo, PI, not trained", "mine"]
 
 
 def test_order_in_the_files_is_the_order_of_the_rows(tmp_path):
     pieces = whole_run()
     for place, name in enumerate(("untrained-linear", "trained", "untrained", "base")):
         pieces[f"evaluation/perplexity-{name}.json"]["order"] = place
-    rows = list(table(page_of(tmp_path, pieces), "perplexity"))
-    assert rows[1:5] == ["PI, not trained", "longlora", "YaRN, not trained", "base model"]
+    rows = list(table(page_of(tmp_path / "mine", pieces), "perplexity"))
+    assert rows[1:5] == ["demo, PI, not trained", "mine", "demo, YaRN, not trained", "demo, as it was"]
 
 
 def test_the_other_tables_hold_the_numbers_of_the_json(tmp_path):
@@ -90,7 +96,12 @@ def test_the_other_tables_hold_the_numbers_of_the_json(tmp_path):
         time, memory = s2["seconds"] / full["seconds"], s2["memory_bytes"] / full["memory_bytes"]
         cells = [value(cell) for cell in cost[f"{row['length']:,}"][1:]]
         assert cells == [full["seconds"], s2["seconds"], time, full["memory_bytes"], s2["memory_bytes"], memory]
-        assert f"{time:.2f} of full" in page.id("cost").parent.text
+    longest = [float(cell["style"].removeprefix("--share: ")) for cell in page.id("cost-table").all("td", "bar")]
+    most = costs["rows"][-1]["full"]
+    parts = [(kind, what) for what in most for kind in ("full", "s2")]
+    assert longest == pytest.approx(
+        [row[kind][what] / most[what] for row in costs["rows"] for kind, what in parts], abs=1e-3
+    )
 
     loss = {int(name.replace(",", "")): cells for name, cells in table(page, "loss").items() if name != "step"}
     recorded = {record["step"]: record for record in pieces["metrics.jsonl"] if "loss" in record}
@@ -106,7 +117,7 @@ def test_the_first_sentences_hold_the_numbers_of_the_json(tmp_path):
     headline = page.all("h1")[0].text
     assert "at 4,096 tokens is 23.10 after training" in headline
     assert "the base model has 24.37 at its own 512 and 310.3 at 4,096" in headline
-    (conclusion,) = page.all("p", "conclusion")
+    (conclusion,) = page.all("ul", "conclusion")
     assert "good" in conclusion.classes
     assert f"{100 * (1 - 23.104 / 24.3712):.1f}% lower" in conclusion.text
     decisive = page.all("dl", "decisive")[0].text
@@ -136,7 +147,7 @@ def test_the_conclusion_follows_from_the_numbers(tmp_path, base, untrained, trai
         pieces[f"evaluation/perplexity-{name}.json"] = perplexities(name, values, (512, 4096))
     del pieces["evaluation/perplexity-untrained-linear.json"]
     page = page_of(tmp_path, pieces)
-    (conclusion,) = page.all("p", "conclusion")
+    (conclusion,) = page.all("ul", "conclusion")
     assert said in conclusion.text + " ".join(each.text for each in page.all("dl", "decisive"))
     assert conclusion.classes == ["conclusion", *([mood] if mood else [])]
 
@@ -207,15 +218,15 @@ def test_points_of_different_texts_are_not_joined(tmp_path):
 def test_every_table_has_its_csv(tmp_path):
     pieces = whole_run()
     with_documents(pieces, "trained", 0.0, 4096)
-    page = page_of(tmp_path, pieces)
+    page = page_of(tmp_path / "mine", pieces)
     links = [link for link in page.all("a") if link["href"].startswith("data:text/csv")]
     assert len(links) == len(page.all("table"))
     (perplexity,) = [link for link in links if link["download"] == "perplexity-table.csv"]
     rows = list(csv.DictReader(io.StringIO(unquote(perplexity["href"].partition(",")[2]))))
     by_model = {row["model"]: row for row in rows}
-    assert float(by_model["base model"]["512"]) == 24.3712
-    assert float(by_model["longlora"]["4096 low"]) == 9.5
-    assert by_model["base model"]["4096 low"] == ""
+    assert float(by_model["demo, as it was"]["512"]) == 24.3712
+    assert float(by_model["mine"]["4096 low"]) == 9.5
+    assert by_model["demo, as it was"]["4096 low"] == ""
 
 
 # ------------------------------------------------------------------------------------------------------ the pictures
@@ -247,13 +258,13 @@ def test_perplexity_chart_is_drawn_to_scale(tmp_path, spread):
     pieces = whole_run()
     if spread == "narrow":
         del pieces["evaluation/perplexity-base.json"], pieces["evaluation/perplexity-untrained-linear.json"]
-    drawn = charts(page_of(tmp_path, pieces), "perplexity")
+    drawn = charts(page_of(tmp_path / "mine", pieces), "perplexity")
     assert len(drawn) == (4 if spread == "wide" else 2)  # for a page and for a phone; with a close-up where lines crowd
     for svg in drawn:
         full = "close up" not in svg["aria-label"]
         across, down = scale(svg, "x", True), scale(svg, "y", spread == "wide" and full)
         expected = {
-            (file["label"], row["context"]): row["perplexity"]
+            (label_of(file), row["context"]): row["perplexity"]
             for name, file in pieces.items() if "perplexity" in name for row in file["results"]
         }  # fmt: skip
         seen = {}
@@ -326,7 +337,7 @@ def test_no_text_of_a_picture_runs_out_of_it_or_into_another(tmp_path):
         pieces[f"evaluation/perplexity-other{number}.json"] = perplexities(label, [20 + number / 50] * 5)
     page = page_of(tmp_path, pieces)
     drawn = [svg for svg in page.all("svg") if svg.all("text")]
-    assert len(drawn) == 2 * (2 + 2 + 1 + 2)
+    assert len(drawn) == 2 * (2 + 2)
     for svg in drawn:
         _, _, width, height = map(float, svg["viewbox"].split())
         texts = boxes(svg)
@@ -405,17 +416,18 @@ def test_a_full_fine_tuning_is_used_as_a_plain_model(tmp_path):
 
 
 def test_measurements_that_cannot_be_compared_are_said_to_be_so(tmp_path):
-    assert "with care" not in page_of(tmp_path / "same", whole_run()).text
+    assert not re.search("with care|Not to be compared", page_of(tmp_path / "same", whole_run()).text)
     pieces = whole_run()
     pieces["evaluation/perplexity-base.json"]["stride"] = 128
-    assert "compare them with care" in page_of(tmp_path / "rows", pieces).text
+    text = page_of(tmp_path / "rows", pieces).text
+    assert "Not to be compared with the figures above: stride at 256 128, not 256" in text
     pieces = whole_run()
     for name in pieces:
         if "perplexity" in name:
             pieces[name]["results"][0]["documents"] = 50
     page = page_of(tmp_path / "columns", pieces)
     assert "compare the columns with care" in page.text
-    assert "compare them with care" not in page.text
+    assert "Not to be compared" not in page.text
 
 
 @pytest.mark.parametrize("make", ["nothing", "empty", "file", "list", "broken"])
@@ -441,12 +453,12 @@ def test_infinite_and_undefined_perplexities_are_named_not_drawn(tmp_path):
     pieces["evaluation/perplexity-trained.json"] = perplexities("longlora", (5e9, 0.0, None, math.inf, math.nan))
     pieces["evaluation/perplexity-base.json"] = perplexities("base model", (24.0, 25.0, "?", -math.inf, 10**400))
     pieces["metrics.jsonl"] = [{"step": n, "loss": math.nan if n > 5 else 3.0} for n in range(1, 11)]
-    page = page_of(tmp_path, pieces)
-    cells = table(page, "perplexity")["longlora"]
+    page = page_of(tmp_path / "mine", pieces)
+    cells = table(page, "perplexity")["mine"]
     assert [cell.all("data")[0].text for cell in cells] == ["5 × 10⁹", "0.00", "not a number", "∞", "not a number"]
     assert "at 4,096 tokens is not a number" in page.all("h1")[0].text
     section = page.id("perplexity").parent
-    assert "longlora at 2,048 tokens; longlora at 4,096 tokens" in section.text
+    assert "mine at 2,048 tokens; mine at 4,096 tokens" in section.text
     assert "5 of the recorded losses are no numbers" in page.text
     assert_drawn_with_numbers(page)
 
@@ -492,7 +504,7 @@ def test_hostile_words_stay_words(tmp_path):
 
 
 def test_nothing_is_loaded_from_anywhere(tmp_path):
-    html = render(write_run(tmp_path, whole_run()))
+    html = render(read_models([write_run(tmp_path, whole_run())]))
     page = Page(html).root
     assert not [tag for tag in ("script", "link", "iframe", "img", "object", "embed", "base") if page.all(tag)]
     for element in page.all():
@@ -550,7 +562,7 @@ def test_a_file_that_is_no_json_is_named(tmp_path, content):
     for name in ("evaluation/perplexity-base.json", "evaluation/summary.json", "adapter/config.json"):
         (folder / name).write_bytes(content)
     (folder / "metrics.jsonl").write_bytes(content)
-    text = Page(render(folder)).root.text
+    text = Page(render(read_models([folder]))).root.text
     for name in ("evaluation/perplexity-base.json", "evaluation/summary.json", "adapter/config.json"):
         assert f"{name} cannot be read" in text
 
@@ -564,7 +576,7 @@ def test_write_report_writes_the_page_whole_and_leaves_nothing_beside_it(tmp_pat
     (folder / "report.html").write_text("an older page")
     path = write_report(str(folder))
     assert path == folder / "report.html"
-    assert path.read_text(encoding="utf-8") == render(folder)
+    assert path.read_text(encoding="utf-8") == render(read_models([folder]))
     assert {each.name for each in folder.iterdir()} == before | {"report.html"}
 
 
@@ -632,7 +644,7 @@ def test_the_python_that_it_shows_gives_the_trained_model(tmp_path, tiny_model, 
     save_adapter(model, run / "adapter", tiny_tokenizer())
     (run / "settings.yaml").write_text(f"model: {tmp_path / 'base'}\ncontext: 256\n")
     names: dict[str, Any] = {}
-    exec(Page(render(run)).root.id("snippet").text, names)
+    exec(Page(render(read_models([run]))).root.id("snippet").text, names)
 
     tokens = torch.randint(0, 97, (1, 200))
     with torch.no_grad():

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-PARTS = ("environment", "parity", "attention", "scatter", "step", "ladder", "memory")
+PARTS = ("environment", "parity", "attention", "scatter", "step", "ladder")
 
 BACKENDS = ("sdpa", "varlen", "flash", "flex", "eager")
 
@@ -78,7 +78,6 @@ def gpu_cases() -> list[Case]:
         rung("activations", 85),
         rung("base", 85),
         parity("eager", 10),
-        case("memory", "16384", "parts:memory", 60, model=model, context=16384),
     ]
     return [*first, *rest]
 
@@ -103,5 +102,4 @@ def small_cases() -> list[Case]:
             case("ladder", name, "ladder:rung", **climbing, rung=name, probes=[64, 128], limit=60_000_000)
             for name in RUNGS
         ),
-        case("memory", "128", "parts:memory", model=model, layers=1, context=128),
     ]

@@ -14,13 +14,12 @@ import torch
 from transformers import PreTrainedConfig
 
 from longlora.bench.machine import free_bytes, peak_bytes
-from longlora.bench.memory import predict
-from longlora.bench.step import planned_step, read_config
+from longlora.bench.step import planned_bytes, planned_step, read_config
 from longlora.bench.trainers import Taken, Way, make_ways, random_rows
 from longlora.model.memory_saving.four_bit_base import four_bit_is_here
 from longlora.planner.memory import host_bytes
 from longlora.planner.reading import read_anatomy
-from longlora.settings import AttentionSettings, BenchMemorySettings
+from longlora.settings import AttentionSettings, BenchStepSettings, MemorySettings
 
 RUNGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "nothing": ("plain", ()),
@@ -70,15 +69,21 @@ def rung(
     place, (name, switches) = torch.device(device), RUNGS[rung]
     usable = limit if limit is not None else free_bytes(place)
     assert usable is not None
-    settings = BenchMemorySettings(
+    step = BenchStepSettings(
         model=model,
         context=(max(probes),),
         layers=layers,
         attention=AttentionSettings(group_size=group_size),
+        gradient_checkpointing="gradient_checkpointing" in switches,
+        memory=MemorySettings(
+            offload_activations="offload_activations" in switches,
+            tiled_mlp="tiled_mlp" in switches,
+            offload_optimizer="offload_optimizer" in switches,
+            base_bits=4 if "base_bits" in switches else None,
+        ),
     )
-    config, _ = read_config(settings)
-    anatomy = read_anatomy(config, settings.trainable)
-    step = settings.step(max(probes), switches)
+    config, _ = read_config(step)
+    anatomy = read_anatomy(config, step.trainable)
     if place.type == "cpu" and (step.memory.offload_activations or step.memory.offload_optimizer):
         return _told(rung, name, switches, note="on the CPU there is nowhere to offload to")
     if step.memory.base_bits and not four_bit_is_here():
@@ -87,11 +92,11 @@ def rung(
     steps: list[dict[str, Any]] = []
 
     def predicted(context: int) -> int:
-        return predict(anatomy, settings, (context, name, switches), foreach=place.type == "cuda")
+        return planned_bytes(anatomy, step, context, name, foreach=place.type == "cuda")
 
     def offloaded(context: int) -> int:
         """Bytes on the host; where PyTorch pins blocks of powers of two, as many as those take."""
-        whole = host_bytes(anatomy, planned_step(settings.step(context, switches), context, name, foreach=True))
+        whole = host_bytes(anatomy, planned_step(step, context, name, foreach=True))
         block = 2 * context * anatomy.hidden
         return whole if exact_pins else whole + len(anatomy.layers) * (2 ** (block - 1).bit_length() - block)
 

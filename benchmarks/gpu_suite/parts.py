@@ -3,9 +3,8 @@
 from typing import Any
 
 from longlora.bench.attention import bench_attention
-from longlora.bench.memory import bench_memory
 from longlora.bench.step import bench_step
-from longlora.settings import STEP_WAYS, BenchAttentionSettings, BenchMemorySettings, BenchStepSettings
+from longlora.settings import STEP_WAYS, BenchAttentionSettings, BenchStepSettings
 
 
 def attention(length: int, seconds_left: float, backends: list[str] | None = None, **arguments: Any) -> dict[str, Any]:
@@ -31,9 +30,3 @@ def step(context: int, seconds_left: float, ways: list[str] | None = None, **arg
     """`longlora bench step` at one context."""
     wanted = tuple(ways or STEP_WAYS)
     return bench_step(BenchStepSettings(context=(context,), ways=wanted, json=True, **arguments))
-
-
-def memory(context: int, seconds_left: float, **arguments: Any) -> dict[str, Any]:
-    """`longlora bench memory` at one context; a 4-bit base is the ladder's."""
-    switches = ("gradient_checkpointing", "tiled_mlp", "offload_activations", "offload_optimizer")
-    return bench_memory(BenchMemorySettings(context=(context,), switches=switches, json=True, **arguments))

@@ -184,28 +184,14 @@ def _ladder(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _memory(found: dict[str, Any]) -> Iterator[str]:
-    rows = [("tokens", "step", "switches", "predicted GB", "measured GB", "ratio")]
-    for _, result in _part(found, "memory"):
-        for each in result["results"]:
-            switches = ", ".join(each["switches"]) or "none"
-            rows.append(_memory_row(each["context"], each["way"], switches, each, each["note"]))
+    rows = [("tokens", "step", "rung", "predicted GB", "measured GB", "ratio")]
     for _, result in _part(found, "ladder"):
-        rows += [
-            _memory_row(each["context"], result["way"], f"ladder: {result['rung']}", each, "out of memory")
-            for each in result.get("steps", [])
-        ]
+        for each in result.get("steps", []):
+            predicted, measured = each["predicted_bytes"], each["measured_bytes"]
+            told = (f"{measured / 1e9:.2f}", f"{predicted / measured:.3f}") if measured else ("out of memory", "")
+            rows.append((f"{each['context']:,}", result["way"], result["rung"], f"{predicted / 1e9:.2f}", *told))
     if len(rows) > 1:
         yield from _table(rows)
-
-
-def _memory_row(
-    context: int, way: str, switches: str, sizes: dict[str, Any], note: str | None
-) -> tuple[str, str, str, str, str, str]:
-    predicted, measured = sizes["predicted_bytes"], sizes["measured_bytes"]
-    start = (f"{context:,}", way, switches, f"{predicted / 1e9:.2f}")
-    if not measured:
-        return (*start, note or "–", "")
-    return (*start, f"{measured / 1e9:.2f}", f"{predicted / measured:.3f}")
 
 
 def _part(found: dict[str, Any], part: str) -> list[tuple[str, dict[str, Any]]]:

@@ -38,7 +38,7 @@ COMMANDS: dict[str, tuple[type[s.CommandSettings], str]] = {
     "plan": (s.PlanSettings, "longlora.planner.command:plan"),
     "merge": (s.MergeSettings, "longlora.model.merging:merge_run"),
     "export": (s.ExportSettings, "longlora.model.exporting.command:export"),
-    "report": (s.ReportSettings, "longlora.report.comparison.command:report"),
+    "report": (s.ReportSettings, "longlora.report.command:report"),
     "longqa build": (s.BuildLongQASettings, "longlora.longqa.building:build_pairs"),
     "longqa check": (s.CheckLongQASettings, "longlora.longqa.checking:check_pairs"),
     "cache": (s.CacheSettings, "longlora.corpus.cache_command:cache"),
@@ -46,13 +46,12 @@ COMMANDS: dict[str, tuple[type[s.CommandSettings], str]] = {
     "demo": (s.DemoSettings, "longlora.demo:demo"),
     "bench attention": (s.BenchAttentionSettings, "longlora.bench.attention:bench_attention"),
     "bench step": (s.BenchStepSettings, "longlora.bench.step:bench_step"),
-    "bench memory": (s.BenchMemorySettings, "longlora.bench.memory:bench_memory"),
 }
 """Command words -> the dataclass they are parsed into, and `module:function` that runs it and returns its JSON."""
 
 GONE = {
     "bench perplexity": "`longlora bench perplexity` is gone: `longlora eval perplexity` says what it will take.",
-    "bench memory --by": "bench memory takes real steps; `longlora plan MODEL --measure` counts tensors without data.",
+    "bench memory": "`longlora bench memory` is gone: `longlora bench step` has memory beside the plan's.",
 }
 """What earlier versions had -> what there is instead."""
 

@@ -24,11 +24,11 @@ from longlora.model.positions import extend_positions, present_context
 from longlora.planner.anatomy import Anatomy
 from longlora.planner.layer_memory import Step
 from longlora.planner.measure import with_layers
-from longlora.planner.memory import step_memory
+from longlora.planner.memory import peak, step_memory
 from longlora.planner.reading import read_anatomy
 from longlora.planner.shapes import find_config
 from longlora.progress import Progress
-from longlora.settings import BenchStepSettings, MeasuredStepSettings, MemorySettings
+from longlora.settings import BenchStepSettings, MemorySettings
 
 CHECK_TOKENS = 1024
 """Tokens of the rows on which our step is compared with plain's, at most; their logits fit anywhere."""
@@ -48,10 +48,11 @@ def bench_step(settings: BenchStepSettings) -> dict[str, Any]:
         [{"context", "group_size", "ways", "s2_over_full", "s2_over_plain", "full_over_plain", "checked", "correct"}]}`.
 
         `ways` has `s2`, `full` and `plain`, as many as were asked for: `{"seconds", "rounds",
-        "processor_seconds", "tokens_per_second", "memory_bytes", "standing_bytes", "loss"}`: seconds are the median of
-        `rounds`, those of the processor what the process's threads took, memory is what stands between
-        steps (the weights that all ways share among it) and the most that a step adds; or None where it ran out of
-        memory. `s2_over_full` is how many times faster S2 is, `{"median", "least", "most"}` over the rounds, or None.
+        "processor_seconds", "tokens_per_second", "memory_bytes", "standing_bytes", "predicted_bytes", "loss"}`: seconds
+        are the median of `rounds`, those of the processor what the process's threads took, memory is what stands
+        between steps (the weights that all ways share among it) and the most that a step adds, counted by PyTorch's
+        allocator, predicted what `longlora plan` makes of it; or None where it ran out of memory. `s2_over_full` is how
+        many times faster S2 is, `{"median", "least", "most"}` over the rounds, or None.
         `checked` says on how many tokens, and what the losses and gradient norms of full and plain were.
 
     Raises:
@@ -106,7 +107,7 @@ def one_device(name: str) -> torch.device:
     return device
 
 
-def read_config(settings: MeasuredStepSettings) -> tuple[PreTrainedConfig, int]:
+def read_config(settings: BenchStepSettings) -> tuple[PreTrainedConfig, int]:
     """The config of the model that is measured, its window at least the longest context, and how many layers all are.
 
     Raises:
@@ -178,7 +179,13 @@ def _measure(
     return {
         "context": context,
         "group_size": group_size,
-        "ways": {name: costs[name].document(tokens) if name in costs else None for name in settings.ways},
+        "ways": {
+            name: costs[name].document(tokens)
+            | {"predicted_bytes": planned_bytes(anatomy, settings, context, name, foreach=device.type == "cuda")}
+            if name in costs
+            else None
+            for name in settings.ways
+        },
         "s2_over_full": _faster(costs, "s2", "full"),
         "s2_over_plain": _faster(costs, "s2", "plain"),
         "full_over_plain": _faster(costs, "full", "plain"),
@@ -285,16 +292,21 @@ def planned_step(settings: BenchStepSettings, context: int, way: str, foreach: b
     )
 
 
+def planned_bytes(anatomy: Anatomy, settings: BenchStepSettings, context: int, way: str, foreach: bool) -> int:
+    """Bytes at the step's peak, as the plan has them; for `foreach` see `planned_step`."""
+    moments = step_memory(anatomy, planned_step(settings, context, way, foreach))
+    return moments[peak(moments)].total
+
+
 def _refuse_too_large(anatomy: Anatomy, settings: BenchStepSettings, context: int, device: torch.device) -> None:
     """Raises UserError, before anything is allocated, for a context that will not fit in the memory of a CPU.
 
     A GPU says so itself, and the ways that fit are timed.
     """
-    free = free_bytes(device)
     if device.type != "cpu":
         return
-    steps = {name: planned_step(settings, context, name, foreach=False) for name in settings.ways}
-    most = max(memory.total for step in steps.values() for memory in step_memory(anatomy, step).values())
+    free = free_bytes(device)
+    most = max(planned_bytes(anatomy, settings, context, name, foreach=False) for name in settings.ways)
     moments = 16 * anatomy.trainees.numbers * 2  # of the two ways that wait
     if most + moments > free:
         raise UserError(

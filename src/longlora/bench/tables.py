@@ -49,7 +49,8 @@ def _attention_rows(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any
 
 def step_table(document: dict[str, Any]) -> str:
     """`longlora bench step`: for each context a line for each way to take the step."""
-    grid = [["step", "context", "group", "seconds", "least – most", "processor", "tokens/s", "memory", "loss"]]
+    costs = ("seconds", "least – most", "processor", "tokens/s", "memory", "planned", "loss")
+    grid = [["step", "context", "group", *costs]]
     said = []
     for result in document["results"]:
         place = [f"{result['context']:,}", f"{result['group_size']:,}"]
@@ -67,20 +68,22 @@ def step_table(document: dict[str, Any]) -> str:
             "",
             *said,
             "Processor: seconds of this process's threads. Memory: what stands between steps, the weights that all",
-            "three share among it, and the most that a step adds.",
+            "three share among it, and the most that a step adds; planned: what `longlora plan` makes of it (it takes",
+            "what plain PEFT trains in bfloat16, norms and embeddings, as float32).",
         ]
     )
 
 
 def _step_cells(cost: dict[str, Any] | None) -> list[str]:
     if cost is None:
-        return ["does not fit in memory", "", "", "", "", ""]
+        return ["does not fit in memory", *[""] * 6]
     return [
         f"{cost['seconds']:,.2f}",
         f"{min(cost['rounds']):,.2f} – {max(cost['rounds']):,.2f}",
         f"{cost['processor_seconds']:,.2f}",
         f"{cost['tokens_per_second']:,.0f}",
         f"{cost['memory_bytes'] / 1e9:,.2f} GB",
+        f"{cost['predicted_bytes'] / 1e9:,.2f} GB",
         f"{cost['loss']:.4f}",
     ]
 
@@ -96,28 +99,6 @@ def _step_sentences(result: dict[str, Any], pattern: str) -> Iterator[str]:
     yield (
         f"checked: attention at this length; at {checked['tokens']:,} tokens loss {losses['full']:.6f} and plainly "
         f"{losses['plain']:.6f}, gradient norm {norms['full']:.5f} and {norms['plain']:.5f}"
-    )
-
-
-def memory_table(document: dict[str, Any]) -> str:
-    """`longlora bench memory`: a line a context, way and set of switches."""
-    grid = [["step", "context", "switches", "predicted GB", "measured GB", "ratio"]]
-    for result in document["results"]:
-        switches = ", ".join(name.replace("_", " ") for name in result["switches"]) or "none"
-        start = [_way(result["way"], document), f"{result['context']:,}", switches]
-        measured = [result["note"], ""]
-        if result["measured_bytes"] is not None:
-            measured = [f"{result['measured_bytes'] / 1e9:,.3f}", f"{result['ratio']:.3f}"]
-        grid.append([*start, f"{result['predicted_bytes'] / 1e9:,.3f}", *measured])
-    return "\n".join(
-        [
-            f"{document['hardware']}; torch {document['torch']}; real steps, counted by PyTorch's allocator",
-            f"{document['model']}, {_layers(document)}, {document['dtype']}, {_rows(document)}, one optimiser step",
-            "",
-            aligned(grid),
-            "",
-            "The plan takes what plain PEFT trains in bfloat16 (norms, embeddings) as float32.",
-        ]
     )
 
 

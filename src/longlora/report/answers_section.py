@@ -1,10 +1,8 @@
-"""A fine-tuned model's loss on held-out answers: what it says in words, and the bars and table that show it."""
+"""A fine-tuned model's loss on held-out answers: what it says in words, and the table that shows it."""
 
 from longlora.report import wording
 from longlora.report.changes import SAME
-from longlora.report.charts import Bar, Bars, at_both_widths, bar_chart
-from longlora.report.findings import Finding
-from longlora.report.reading import Content, Recorded
+from longlora.report.reading import Content, Finding, Recorded
 from longlora.results import Answers
 
 _FEW = 1000
@@ -45,19 +43,13 @@ def _against_stretched(untrained: Answers | None, after: Answers) -> str:
 
 
 def answers(run: Recorded) -> Content | None:
-    """A bar and a row for each `evaluation/answers-*.json`, and the examples; None for a run that is no fine-tuning."""
+    """A row for each `evaluation/answers-*.json`, and the examples; None for a run that is no fine-tuning."""
     if not run.fine_tuned:
         return None
     if not run.answers:
         return "Held-out answers: none were measured in this run (--held-out or --evaluation-data gives some)."
-    tones = {"trained": "tone-0", "base": "tone-1"}
-    bars = [Bar(each.label, tones.get(each.name, "tone-2"), each.nll, f"{each.nll:.3f}") for each in run.answers]
-    description = "; ".join(f"{each.label}: {each.nll:.3f} nats a token" for each in run.answers)
     names = ("pairs", "examples", "tokens", "answer_tokens", "rows", "longest")
     return {
-        "chart": at_both_widths(
-            lambda width: bar_chart([Bars("nats a token", bars)], width=width, description=description)
-        ),
         "rows": run.answers,
         "data": sorted({each.data for each in run.answers if each.data}),
         "facts": {name: run.whole("data", name) for name in names},

@@ -5,22 +5,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from longlora.report import wording
-from longlora.report.reading import Content, Evaluated, Kind
+from longlora.report.models import Kind, Model
+from longlora.report.reading import Content
 from longlora.report.ways import Group, grouped
 from longlora.results import Change, LongPPL, Ruler, Short
 
 
-def ruler(models: Sequence[Evaluated]) -> Content | None:
+def ruler(models: Sequence[Model]) -> Content | None:
     """Averages by context and the effective length; every task below them."""
     return _section(models, Ruler, _ruler_group)
 
 
-def short(models: Sequence[Evaluated]) -> Content | None:
+def short(models: Sequence[Model]) -> Content | None:
     """Before and after, with a verdict, for each model."""
     return _section(models, Short, _short_group)
 
 
-def longppl(models: Sequence[Evaluated]) -> Content | None:
+def longppl(models: Sequence[Model]) -> Content | None:
     """LongPPL beside perplexity."""
     return _section(models, LongPPL, _longppl_group)
 
@@ -50,7 +51,7 @@ def is_good(row: Change) -> bool | None:
 
 
 def _section(
-    models: Sequence[Evaluated], kind: type[Kind], draw: Callable[[Group[Kind]], dict[str, Any]]
+    models: Sequence[Model], kind: type[Kind], draw: Callable[[Group[Kind]], dict[str, Any]]
 ) -> Content | None:
     done = [(model, found) for model in models if (found := model.of(kind))]
     return {"groups": grouped(done, draw)} if done else None

@@ -1,4 +1,4 @@
-"""Line charts and bars as SVG, drawn to be read at the width they are given in pixels."""
+"""Line charts as SVG, drawn to be read at the width they are given in pixels."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from longlora.report.axes import Axis
-from longlora.report.svg import TEXT_SIZE, Drawing, clipped, text_width
+from longlora.report.svg import Drawing, clipped, text_width
 
 WIDTHS = {"wide": 720, "narrow": 340}
 """Each chart is drawn for a page and for a phone, so that its text is as large on both; pixels."""
@@ -44,24 +44,6 @@ class Line:
     @property
     def last(self) -> Point | None:
         return next((run[-1] for run in reversed(self.runs) if run), None)
-
-
-@dataclass(frozen=True)
-class Bar:
-    label: str
-    tone: str
-    value: float | None
-    """None where nothing was measured: only the text is written."""
-    text: str
-
-
-@dataclass(frozen=True)
-class Bars:
-    """Bars that belong together, under a heading and a result at its right."""
-
-    heading: str
-    bars: Sequence[Bar]
-    result: str = ""
 
 
 def at_both_widths(draw: Callable[[int], str]) -> dict[str, str]:
@@ -106,29 +88,6 @@ def line_chart(
     for line in lines:
         _draw_line(drawing, frame, line)
     _draw_ends(drawing, frame, lines)
-    return str(drawing)
-
-
-def bar_chart(groups: Sequence[Bars], *, width: int, description: str) -> str:
-    """Horizontal bars from zero on one scale, each with its text behind it."""
-    named = max(text_width(bar.label) for group in groups for bar in group.bars) + 10
-    valued = max(text_width(bar.text) for group in groups for bar in group.bars) + 10
-    longest = max((bar.value or 0 for group in groups for bar in group.bars), default=0) or 1
-    room = width - named - valued
-    heights = [LINE_HEIGHT + 8 + 22 * len(group.bars) + 12 for group in groups]
-    drawing = Drawing(width, sum(heights), description)
-    top = 0
-    for group, height in zip(groups, heights, strict=True):
-        drawing.text(0, top + TEXT_SIZE, group.heading, class_="title")
-        drawing.text(width, top + TEXT_SIZE, group.result, "end", "strong")
-        for row, bar in enumerate(group.bars):
-            y = top + LINE_HEIGHT + 8 + 22 * row
-            drawing.text(named - 10, y + 12, bar.label, "end")
-            length = max(1.5, room * (bar.value or 0) / longest) if bar.value is not None else 0
-            if length:
-                drawing.add("rect", x=named, y=y, width=length, height=17, rx=2, class_=f"{bar.tone} fill")
-            drawing.text(named + length + 6, y + 13, bar.text)
-        top += height
     return str(drawing)
 
 

@@ -1,17 +1,16 @@
-"""report.html: what a run directory holds, drawn on one self-contained page."""
+"""report.html and comparison.html: what run directories and folders of results hold, on one self-contained page."""
 
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
 from longlora.errors import UserError
 from longlora.report import wording
-from longlora.report.answers_section import answers_finding
-from longlora.report.findings import finding, what_was_done
-from longlora.report.reading import read_run
+from longlora.report.findings import finding
+from longlora.report.missing import missing
+from longlora.report.models import Model, compared, only_run, read_models
 from longlora.report.sections import SECTIONS
 from longlora.report.table_files import with_files
 from longlora.run_directory import RunDirectory, write_whole
@@ -28,7 +27,7 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     Raises:
         UserError: `run` is no run directory, or the page cannot be written there.
     """
-    return write_page(Path(output) if output else RunDirectory(run).report, render(run))
+    return write_page(Path(output) if output else RunDirectory(run).report, render(read_models([run])))
 
 
 def write_page(target: Path, text: str) -> Path:
@@ -44,37 +43,37 @@ def write_page(target: Path, text: str) -> Path:
     return target
 
 
-def render(run: str | Path) -> str:
-    """The page's HTML.
-
-    Raises:
-        UserError: `run` is no run directory.
-    """
-    recorded = read_run(run)
-    contents = {name: content for name, section in SECTIONS.items() if (content := section(recorded)) is not None}
-    return fill(
-        "report.html.j2",
-        finding=answers_finding(recorded) if recorded.fine_tuned else finding(recorded),
-        done=what_was_done(recorded),
-        sections={name: content for name, content in contents.items() if not isinstance(content, str)},
-        left_out=[content for content in contents.values() if isinstance(content, str)],
-        unreadable=[*recorded.unreadable, *recorded.evaluated.unreadable],
-        model=str(recorded.settings.get("model") or "a model"),
-        context=recorded.context,
+def render(models: list[Model]) -> str:
+    """The HTML of the page of `models`."""
+    run = only_run(models)
+    contents = {name: content for name, section in SECTIONS.items() if (content := section(models)) is not None}
+    html = (
+        _templates()
+        .get_template("report.html.j2")
+        .render(
+            finding=finding(models),
+            run=run,
+            models=models if run is None else [],
+            sections={name: content for name, content in contents.items() if not isinstance(content, str)},
+            left_out=[content for content in contents.values() if isinstance(content, str)],
+            missing=missing(models) if run is None else [],
+            unreadable=[
+                name if run else f"{model.name}, {name}"
+                for model in models
+                for name in (*(model.run.unreadable if model.run else ()), *model.unreadable)
+            ],
+            about=compared(models),
+        )
     )
-
-
-def fill(template: str, *folders: Path, **values: Any) -> str:
-    """The HTML of a template of this room, or of `folders`, which may use the templates of this room."""
-    html = with_files(_templates(*folders).get_template(template).render(**values))
-    return _NOT_HTML.sub("\N{REPLACEMENT CHARACTER}", html)
+    return _NOT_HTML.sub("\N{REPLACEMENT CHARACTER}", with_files(html))
 
 
 @cache
-def _templates(*folders: Path) -> jinja2.Environment:
+def _templates() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([*folders, Path(__file__).parent / "templates"]),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
+        extensions=["jinja2.ext.do"],
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -86,6 +85,7 @@ def _templates(*folders: Path) -> jinja2.Environment:
         "percent": wording.percent,
         "duration": wording.duration,
         "memory": wording.memory,
+        "listed": wording.listed,
         "capitalize_first": wording.capital,
     }
     return environment

@@ -1,30 +1,29 @@
 """What a run directory and a folder of results hold, read with care: any piece may be missing or of an older shape."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from longlora.results import (
-    KINDS,
-    MEASURES,
-    Answers,
-    Perplexities,
-    Result,
-    Retrieval,
-    number,
-    read,
-    whole,
-)
+from longlora.results import KINDS, MEASURES, Answers, Perplexities, Result, Retrieval, number, read, whole
 from longlora.run_directory import RunDirectory
 
 Content = dict[str, Any] | str
 """What a section's template draws, or the sentence that says why the section is left out."""
 
 OfARun = TypeVar("OfARun", Perplexities, Answers)
-Kind = TypeVar("Kind", bound=Result)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The page's first sentence and what follows from it; `good` is None where nothing follows."""
+
+    headline: str
+    conclusions: list[str]
+    good: bool | None = None
+    decisive: list[tuple[str, str]] = field(default_factory=list)
+    """What a person decides by: a name and a figure each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +41,6 @@ class Recorded:
     """config.json of the result, with the extended positions."""
     adapter: dict[str, Any]
     """adapter_config.json of the result; empty after full training."""
-    evaluated: "Evaluated"
-    """What `longlora eval` left in the run."""
     unreadable: list[str] = field(default_factory=list)
     """Files that are there but are no JSON objects."""
 
@@ -73,44 +70,6 @@ class Recorded:
     def measured(self, name: str) -> Perplexities | None:
         """The perplexity file of that name, if it holds any result."""
         return next((each for each in self.perplexities if each.name == name and each.results), None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """One model's results, by measure; each document has results."""
-
-    name: str
-    folder: Path
-    documents: Mapping[str, Result] = field(default_factory=dict)
-    unreadable: tuple[str, ...] = ()
-    is_baseline: bool = False
-
-    def _first(self, name: str) -> Any:
-        return next((found for document in self.documents.values() if (found := getattr(document, name))), None)
-
-    @property
-    def model(self) -> str | None:
-        """MODEL as the evaluations were given it."""
-        return self._first("model")
-
-    @property
-    def label(self) -> str | None:
-        """What they call it, with how its positions were stretched."""
-        return self._first("label")
-
-    @property
-    def options(self) -> str:
-        """Those that stretch it."""
-        context, method = self._first("extend_to"), self._first("method")
-        return f"--extend-to {context} --method {method}" if context and method else ""
-
-    def of(self, kind: type[Kind]) -> Kind | None:
-        """The result of that kind; of retrievals see `retrievals`."""
-        return next((document for document in self.documents.values() if isinstance(document, kind)), None)
-
-    @property
-    def retrievals(self) -> dict[str, Retrieval]:
-        return {task: each for task, each in self.documents.items() if isinstance(each, Retrieval)}
 
 
 def read_run(folder: str | Path) -> Recorded:
@@ -153,7 +112,6 @@ def read_run(folder: str | Path) -> Recorded:
         costs=evaluation("costs"),
         config=beside_weights("config.json"),
         adapter=beside_weights("adapter_config.json"),
-        evaluated=read_results(run.evaluation, run.path.resolve().name),
         unreadable=unreadable,
     )
 
@@ -163,35 +121,22 @@ def is_results_folder(folder: Path) -> bool:
     return any((folder / f"{measure}.json").is_file() for measure in MEASURES)
 
 
-def read_results(folder: Path, name: str, *, is_baseline: bool = False) -> Evaluated:
-    """Every result in `folder`, of the model that the page calls `name`."""
+def read_results(folder: Path) -> tuple[dict[str, Result], list[str]]:
+    """Every result in `folder` by measure, and the files there that are no JSON objects."""
     unreadable: list[str] = []
     documents: dict[str, Result] = {}
     for measure, kind in KINDS.items():
         file = folder / f"{measure}.json"
-        value = read_object(file, f"{file.parent.name}/{file.name}", unreadable)
-        document: Any = read(kind, value)
-        if document is not None:
-            if isinstance(document, Perplexities):
-                document = _named("measured", document)
-            elif isinstance(document, Retrieval):
-                known = [cell for cell in document.results if measure == "passkey" or cell.number]
-                asked = tuple(cell if cell.trials else replace(cell, accuracy=None) for cell in known)
-                document = replace(document, task=measure, results=asked)
-            if document.results or getattr(document, "tasks", ()):
-                documents[measure] = document
-    return Evaluated(
-        name=name, folder=folder, documents=documents, unreadable=tuple(unreadable), is_baseline=is_baseline
-    )
-
-
-def baseline_of_run(run: Path) -> Evaluated | None:
-    """What `longlora eval … --baseline MODEL` left inside the run directory `run`, of a MODEL that is no run itself."""
-    folder = run / "evaluation" / "baseline"
-    if not is_results_folder(folder):
-        return None
-    found = read_results(folder, "", is_baseline=True)
-    return replace(found, name=f"{found.model or 'the baseline'} (baseline)")
+        document: Any = read(kind, read_object(file, f"{file.parent.name}/{file.name}", unreadable))
+        if isinstance(document, Perplexities):
+            document = _named("measured", document)
+        elif isinstance(document, Retrieval):
+            known = [cell for cell in document.results if measure == "passkey" or cell.number]
+            asked = tuple(cell if cell.trials else replace(cell, accuracy=None) for cell in known)
+            document = replace(document, task=measure, results=asked)
+        if document and (document.results or getattr(document, "tasks", ())):
+            documents[measure] = document
+    return documents, unreadable
 
 
 def at(document: Any, *keys: str) -> Any:
@@ -208,16 +153,10 @@ def rows(value: Any) -> Iterator[dict[str, Any]]:
 
 def read_object(path: Path, name: str, unreadable: list[str]) -> dict[str, Any]:
     """The table in the JSON file `path`; where it is there and holds none, `name` is noted as unreadable."""
-    return _object(partial(_json, path), name, unreadable) if path.exists() else {}
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _object(parse: Callable[[], Any], name: str, unreadable: list[str]) -> dict[str, Any]:
     try:
-        document = parse()
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError, RecursionError):
         document = None
     if isinstance(document, dict):

@@ -6,7 +6,8 @@ from typing import Any
 
 from longlora.evaluation.statistics import Estimate, share
 from longlora.report import wording
-from longlora.report.reading import Content, Evaluated
+from longlora.report.models import Model
+from longlora.report.reading import Content
 from longlora.report.ways import grouped
 from longlora.results import RETRIEVALS, Answered, Retrieval
 
@@ -25,10 +26,10 @@ EXPLAINED = {
 
 OF = {"topics": "topics a prompt", "lines": "lines a prompt"}
 
-Asked = tuple[Evaluated, Retrieval]
+Asked = tuple[Model, Retrieval]
 
 
-def retrieval(models: Sequence[Evaluated]) -> Content | None:
+def retrieval(models: Sequence[Model]) -> Content | None:
     """Every task that any of `models` was asked, the models that were asked the same together."""
     tasks = []
     for task in RETRIEVALS:

@@ -1,4 +1,4 @@
-"""The page's sections: from what the run recorded to what a template of the same name draws, or why it cannot.
+"""The page's sections: from what is known of its models to what a template of the same name draws, or why it cannot.
 
 To add one, write its function and `templates/NAME.html.j2`, and list it in `SECTIONS` where it should stand.
 """
@@ -12,27 +12,24 @@ from longlora.errors import UserError
 from longlora.report import attention_picture, recipe
 from longlora.report.answers_section import answers
 from longlora.report.benchmark_sections import longppl, ruler, short
-from longlora.report.perplexity_section import perplexity as measured_perplexity
-from longlora.report.reading import Content, Evaluated, Recorded, baseline_of_run
+from longlora.report.costs import cost, costs
+from longlora.report.models import Model, only_run
+from longlora.report.perplexity_section import perplexity
+from longlora.report.reading import Content, Recorded
 from longlora.report.retrieval_section import retrieval
-from longlora.report.training_section import cost, trainable, training
+from longlora.report.training_section import trainable, training
 from longlora.results import whole
 from longlora.settings import PatternOptions
 
 
-def perplexity(run: Recorded) -> Content | None:
-    """Perplexity at each context; a fine-tuning is measured by its answers, and need not have any."""
-    return None if run.fine_tuned and not run.perplexities else measured_perplexity(run)
+def of_the_run(section: Callable[[Recorded], Content | None]) -> Callable[[Sequence[Model]], Content | None]:
+    """`section` of the run that the page is about; nothing where it is about several models, or none that was run."""
 
+    def drawn(models: Sequence[Model]) -> Content | None:
+        run = only_run(models)
+        return section(run) if run else None
 
-def evaluated(section: Callable[[Sequence[Evaluated]], Content | None]) -> Callable[[Recorded], Content | None]:
-    """`section` of what `longlora eval` left in a run, beside its baseline's where there is one."""
-
-    def of_run(run: Recorded) -> Content | None:
-        baseline = baseline_of_run(run.path)
-        return section([run.evaluated] if baseline is None else [baseline, run.evaluated])
-
-    return of_run
+    return drawn
 
 
 def attention(run: Recorded) -> Content:
@@ -117,19 +114,20 @@ def _said(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
-SECTIONS: dict[str, Callable[[Recorded], Content | None]] = {
-    "answers": answers,
+SECTIONS: dict[str, Callable[[Sequence[Model]], Content | None]] = {
+    "answers": of_the_run(answers),
     "perplexity": perplexity,
-    "retrieval": evaluated(retrieval),
-    "ruler": evaluated(ruler),
-    "short": evaluated(short),
-    "longppl": evaluated(longppl),
-    "attention": attention,
-    "training": training,
-    "trainable": trainable,
-    "cost": cost,
-    "do_it": do_it,
-    "use_it": use_it,
-    "settings": settings,
+    "retrieval": retrieval,
+    "ruler": ruler,
+    "short": short,
+    "longppl": longppl,
+    "attention": of_the_run(attention),
+    "training": of_the_run(training),
+    "trainable": of_the_run(trainable),
+    "cost": of_the_run(cost),
+    "costs": costs,
+    "do_it": of_the_run(do_it),
+    "use_it": of_the_run(use_it),
+    "settings": of_the_run(settings),
 }
-"""Name of each section's template -> what fills it, in the order of the page; None where a run is not about that."""
+"""Name of each section's template -> what fills it, in the order of the page; None where a page is not about that."""

@@ -1,13 +1,12 @@
-"""How the training went and what it took: loss and learning rate, what trained, time and memory."""
+"""How the training went: loss and learning rate, and what trained."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from longlora.report import wording
 from longlora.report.axes import Axis, drawable, linear_axis, measured_axis, step_axis
-from longlora.report.charts import Bar, Bars, Line, Point, at_both_widths, bar_chart, line_chart
-from longlora.report.reading import Content, Recorded, at, rows
+from longlora.report.charts import Line, Point, at_both_widths, line_chart
+from longlora.report.reading import Content, Recorded, at
 from longlora.results import number, whole
 
 _PARTS = {"lora": "LoRA", "full": "weights", "norm": "norms", "embed": "embeddings", "bias": "biases"}
@@ -128,65 +127,10 @@ def trainable(run: Recorded) -> Content:
     total, trained = run.whole("trainable", "parameters"), sum(counts.values())
     if not counts or not total or trained > total:
         return "What trained: the run has no summary of its parameters."
-    rates = _rates(run)
-    bars = [
-        Bar(_PARTS.get(name, name), f"tone-{(0, 2, 3, 4, 5)[index % 5]}", count, wording.whole(count))
-        for index, (name, count) in enumerate(counts.items())
-    ]
-    groups = [Bars(f"{wording.percent(trained / total)} of the parameters", bars)]
-    description = f"Trained, {groups[0].heading}: {', '.join(f'{bar.label} {bar.text}' for bar in bars)}"
     return {
-        "chart": at_both_widths(lambda width: bar_chart(groups, width=width, description=description)),
-        "rows": [
-            (bar, count / total, rates.get(name)) for bar, (name, count) in zip(bars, counts.items(), strict=True)
-        ],
+        "rows": [(_PARTS.get(name, name), count, _rates(run).get(name)) for name, count in counts.items()],
         "total": total,
         "trained": trained,
         "frozen": total - trained,
-        "rates": bool(rates),
+        "rates": bool(_rates(run)),
     }
-
-
-def cost(run: Recorded) -> Content:
-    """Time and memory of the pattern against full attention, and what the training took."""
-    measured = []
-    for row in rows(run.costs.get("rows")):
-        values = {
-            f"{kind}_{what}": number(at(row, kind, what))
-            for kind in ("full", "s2")
-            for what in ("seconds", "memory_bytes")
-        }
-        if (length := whole(row.get("length"))) and any(value is not None for value in values.values()):
-            measured.append({"length": length, "group": whole(row.get("group_size")), **values})
-    took = {name: run.number("training", name) for name in ("seconds", "tokens_per_second", "memory_bytes", "tokens")}
-    if not measured and not any(took.values()):
-        return "Cost: neither the training’s time and memory nor those of S²-Attn against full attention were recorded."
-    charts = {}
-    if any(row["full_seconds"] is not None or row["s2_seconds"] is not None for row in measured):
-        charts["Time"] = _cost_chart(measured, "seconds", wording.duration)
-    if any(row["full_memory_bytes"] is not None or row["s2_memory_bytes"] is not None for row in measured):
-        charts["Peak memory"] = _cost_chart(measured, "memory_bytes", wording.memory)
-    facts = [str(run.costs[name]) for name in ("what", "hardware", "dtype") if run.costs.get(name)]
-    return {"rows": measured, "charts": charts, "facts": facts, "took": took, "ratio": ratio}
-
-
-def ratio(row: dict[str, Any], what: str) -> float | None:
-    """S²-Attn's share of what full attention takes, or None where one of them is unknown."""
-    ours, full = row[f"s2_{what}"], row[f"full_{what}"]
-    return ours / full if ours is not None and full else None
-
-
-def _cost_chart(measured: Sequence[dict[str, Any]], what: str, words: Callable[[float], str]) -> dict[str, str]:
-    groups = []
-    for row in measured:
-        bars = [
-            Bar(name, tone, value, words(value) if value is not None else "not measured")
-            for name, tone, value in (("full", "tone-1", row[f"full_{what}"]), ("S²-Attn", "tone-0", row[f"s2_{what}"]))
-        ]
-        share = ratio(row, what)
-        result = f"{share:.2f} of full" if share is not None else ""
-        groups.append(Bars(f"{wording.whole(row['length'])} tokens", bars, result))
-    description = "; ".join(
-        f"{group.heading}: {', '.join(f'{bar.label} {bar.text}' for bar in group.bars)}" for group in groups
-    )
-    return at_both_widths(lambda width: bar_chart(groups, width=width, description=description))

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from longlora.report.reading import Evaluated, Kind
-from longlora.report.wording import duration, listed, spread, whole
+from longlora.report.models import Kind, Model
+from longlora.report.wording import duration, joined, listed, spread, whole
 from longlora.results import LongPPL, Result, Retrieval, Ruler, Short
 
 Thing = TypeVar("Thing")
 
-Group = Sequence[tuple[Evaluated, Kind]]
+Group = Sequence[tuple[Model, Kind]]
 
 Way = Mapping[str, str]
 """What must be the same for two measurements to be compared: a name and a value in words."""
@@ -53,11 +53,6 @@ def way_of(document: Result) -> Way:
     }
 
 
-def joined(value: str | Sequence[str]) -> str:
-    """The words of a list, or the word itself."""
-    return value if isinstance(value, str) else ", ".join(value)
-
-
 def _prompts(document: Result) -> dict[str, str]:
     """How prompts were written."""
     said = "not said" if document.chat is None else "chat template" if document.chat else "plain text"
@@ -78,9 +73,7 @@ def alike(things: Sequence[Thing], way: Callable[[Thing], Way]) -> list[list[Thi
     return sorted(groups, key=len, reverse=True)
 
 
-def grouped(
-    done: Sequence[tuple[Evaluated, Kind]], draw: Callable[[Group[Kind]], dict[str, Any]]
-) -> list[dict[str, Any]]:
+def grouped(done: Sequence[tuple[Model, Kind]], draw: Callable[[Group[Kind]], dict[str, Any]]) -> list[dict[str, Any]]:
     """What `draw` makes of the models that were measured alike, with how, and why they stand apart from the first."""
     groups = alike(done, lambda each: way_of(each[1]))
     return [

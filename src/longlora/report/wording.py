@@ -115,6 +115,11 @@ def listed(parts: list[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
 
 
+def joined(value: str | Sequence[str]) -> str:
+    """The words of a list, or the word itself."""
+    return value if isinstance(value, str) else ", ".join(value)
+
+
 def spread(values: Sequence[int]) -> str:
     """
     >>> spread([512]), spread([1024, 700, 2048])

@@ -44,4 +44,4 @@ from longlora.settings.retrieval import (
     TopicsSettings,
 )
 from longlora.settings.ruler import EvaluateTasksSettings, RulerSettings
-from longlora.settings.step_bench import STEP_WAYS, BenchMemorySettings, BenchStepSettings, MeasuredStepSettings
+from longlora.settings.step_bench import STEP_WAYS, BenchStepSettings

@@ -1,4 +1,4 @@
-"""Knobs of `longlora bench step` and `longlora bench memory`: what the training step that they measure is like."""
+"""Knobs of `longlora bench step`: what the training step that it measures is like."""
 
 from dataclasses import dataclass, fields
 from typing import Annotated, ClassVar
@@ -8,7 +8,7 @@ import tyro
 from longlora.errors import UserError, check_choice
 from longlora.settings.extension import OptimisationSettings, TrainableSettings, TrainingSettings
 from longlora.settings.fields import AtLeast, CommandSettings, LoadSettings, Names, Tokens, choice
-from longlora.settings.memory import LAYER_TILE, MemorySettings
+from longlora.settings.memory import MemorySettings
 from longlora.settings.model import AttentionSettings, PatternOptions
 
 STEP_WAYS = ("s2", "full", "plain")
@@ -16,13 +16,10 @@ STEP_WAYS = ("s2", "full", "plain")
 
 STEP_DTYPES = ("float32", "bfloat16")
 
-MEMORY_SWITCHES = ("gradient_checkpointing", "layer_tiles", "offload_activations", "offload_optimizer", "base_bits")
-"""In the order of the plan's ladder, which `tiled_mlp` can take the second place of."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuredStepSettings(CommandSettings):
-    """A training step that is measured."""
+class BenchStepSettings(CommandSettings):
+    """Time whole training steps with S2-Attn, with full attention, and as a plain Trainer with PEFT takes them."""
 
     model: tyro.conf.Positional[str]
     """A built-in shape (`smollm2-135m`, `llama2-7b`, …) or MODEL; only the config is read, the weights are random."""
@@ -50,26 +47,6 @@ class MeasuredStepSettings(CommandSettings):
     seed: int = 0
     """Seed of the weights and of the tokens."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.attention.pattern == "full":
-            raise UserError("--pattern is full, which every pattern is measured against: give another one.")
-        for name in ("full_attention_steps", "final_group_size"):
-            if getattr(self.attention, name):
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} changes attention over a run, and this measures one step: leave it out.")
-        for option in fields(PatternOptions):
-            if getattr(self.attention.options, option.name) != option.default:
-                flag = "--" + option.name.replace("_", "-")
-                raise UserError(f"{flag} cannot be measured: there is no check of its result. Leave it out.")
-        if self.trainable.lora_dropout:
-            raise UserError("--lora-dropout makes results differ by chance, which cannot be checked: leave it 0.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchStepSettings(MeasuredStepSettings):
-    """Time whole training steps with S2-Attn, with full attention, and as a plain Trainer with PEFT takes them."""
-
     gradient_checkpointing: bool = OptimisationSettings.gradient_checkpointing
     """Recompute activations in the backward pass, in every way to take the step."""
 
@@ -90,6 +67,18 @@ class BenchStepSettings(MeasuredStepSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.attention.pattern == "full":
+            raise UserError("--pattern is full, which every pattern is measured against: give another one.")
+        for name in ("full_attention_steps", "final_group_size"):
+            if getattr(self.attention, name):
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} changes attention over a run, and this measures one step: leave it out.")
+        for option in fields(PatternOptions):
+            if getattr(self.attention.options, option.name) != option.default:
+                flag = "--" + option.name.replace("_", "-")
+                raise UserError(f"{flag} cannot be measured: there is no check of its result. Leave it out.")
+        if self.trainable.lora_dropout:
+            raise UserError("--lora-dropout makes results differ by chance, which cannot be checked: leave it 0.")
         for name in self.ways:
             check_choice("--ways part", name, STEP_WAYS)
         if not self.ways:
@@ -112,39 +101,3 @@ class BenchStepSettings(MeasuredStepSettings):
             loss_chunk=self.loss_chunk,
             seed=self.seed,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchMemorySettings(MeasuredStepSettings):
-    """Peak memory of training steps by context and switch, beside what `longlora plan` predicts."""
-
-    switches: Names = MEMORY_SWITCHES
-    """Switches to turn on one after the other, each beside those before it; the loss is in chunks from the first."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in self.switches:
-            check_choice("--switches part", name, (*MEMORY_SWITCHES, "tiled_mlp"))
-        before = self.switches[: [*self.switches, "gradient_checkpointing"].index("gradient_checkpointing")]
-        for name in {"offload_activations", "layer_tiles"} & set(before):
-            raise UserError(
-                f"--switches names {name} before gradient_checkpointing, which it is a way of: name that first."
-            )
-
-    def ladder(self) -> list[tuple[str, ...]]:
-        """No switch, then one more at a time."""
-        return [self.switches[:count] for count in range(len(self.switches) + 1)]
-
-    def step(self, context: int, switches: tuple[str, ...]) -> BenchStepSettings:
-        """The step with just these switches on."""
-        shared = {field.name: getattr(self, field.name) for field in fields(MeasuredStepSettings)}
-        memory = MemorySettings(
-            offload_activations="offload_activations" in switches,
-            layer_tile=LAYER_TILE if "layer_tiles" in switches else None,
-            tiled_mlp="tiled_mlp" in switches,
-            offload_optimizer="offload_optimizer" in switches,
-            base_bits=4 if "base_bits" in switches else None,
-        )
-        checkpointing = "gradient_checkpointing" in switches
-        changed = {"context": (context,), "gradient_checkpointing": checkpointing, "memory": memory}
-        return BenchStepSettings(**(shared | changed))

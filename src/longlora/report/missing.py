@@ -5,10 +5,10 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from longlora.report.comparison.perplexity_lines import groups, lines
-from longlora.report.comparison.subjects import Subject
-from longlora.report.ways import alike, joined, way_of
-from longlora.report.wording import capital, listed
+from longlora.report.models import Model
+from longlora.report.perplexity_section import curves, groups
+from longlora.report.ways import alike, way_of
+from longlora.report.wording import capital, joined, listed
 from longlora.results import MEASURES, Result
 
 NAMES = {
@@ -47,40 +47,38 @@ class Missing:
     commands: list[str]
 
 
-def missing(subjects: Sequence[Subject]) -> list[Missing]:
+def missing(models: Sequence[Model]) -> list[Missing]:
     """What was not measured of a model, or not in the way of the others."""
     found = []
     for measure in MEASURES:
-        done, usual, options = _done(measure, subjects)
+        done, usual, options = _done(measure, models)
         # a model that all are compared with has not lost anything itself
-        expected = [each for each in subjects if measure != "short" or not each.evaluated.is_baseline]
-        absent = [subject for subject in expected if subject.path not in done]
-        others = [subject for subject in subjects if subject.path in done and subject.path not in usual]
+        expected = [each for each in models if measure != "short" or not each.is_baseline]
+        absent = [model for model in expected if model.path not in done]
+        others = [model for model in models if model.path in done and model.path not in usual]
         name = capital(NAMES[measure])
         if absent:
-            of = listed([subject.name for subject in absent]) if done else "any of these models"
+            of = listed([model.name for model in absent]) if done else "any of these models"
             found.append(Missing(f"{name} of {of}", list(_commands(measure, absent, options))))
         if others:
-            of = listed([subject.name for subject in others])
+            of = listed([model.name for model in others])
             found.append(Missing(f"{name} of {of} in the way of the others", list(_commands(measure, others, options))))
     return found
 
 
-def _done(measure: str, subjects: Sequence[Subject]) -> tuple[set[str], set[str], Sequence[str]]:
+def _done(measure: str, models: Sequence[Model]) -> tuple[set[str], set[str], Sequence[str]]:
     """Paths of the models that were measured, of those measured in the most usual way, and the options of that way."""
     if measure == "perplexity":
-        together = groups([line for line in lines(subjects) if line.subject])
-        done = {line.subject.path for group in together for line in group if line.subject}
+        together = groups([curve for curve in curves(models) if curve.model])
+        done = {curve.model.path for group in together for curve in group if curve.model}
         if not together:
             return done, done, ()
-        first = [line.measured for line in together[0]]
+        first = [curve.measured for curve in together[0]]
         contexts = ",".join(str(result.context) for result in first[0].results)
         by_hand = ("--data", *joined(first[0].data).split(", "), "--contexts", contexts)
         options = _options(first) or by_hand  # what a run measured of itself was made by no such command
-        return done, {line.subject.path for line in together[0] if line.subject}, options
-    measured = [
-        (subject.path, document) for subject in subjects if (document := subject.evaluated.documents.get(measure))
-    ]
+        return done, {curve.model.path for curve in together[0] if curve.model}, options
+    measured = [(model.path, document) for model in models if (document := model.documents.get(measure))]
     if not measured:
         return set(), set(), ()
     usual = alike(measured, lambda each: way_of(each[1]))[0]
@@ -102,13 +100,13 @@ def _options(documents: Sequence[Result]) -> list[str]:
     return kept
 
 
-def _commands(measure: str, subjects: Sequence[Subject], options: Sequence[str]) -> Iterator[str]:
+def _commands(measure: str, models: Sequence[Model], options: Sequence[str]) -> Iterator[str]:
     """One command for all runs, and one for each folder of results."""
     start, rest = ("longlora", "eval", measure), options or USUAL.get(measure, ())
-    runs = [subject.model for subject in subjects if subject.run]
-    if runs:
+    if runs := [model.model for model in models if model.run]:
         yield shlex.join([*start, *runs, *rest])
-    for subject in subjects:
-        if not subject.run:
-            own = shlex.split(subject.evaluated.options)
-            yield shlex.join([*start, subject.model, "--output", subject.path, *own, *rest])
+    for model in models:
+        if not model.run:
+            context, method = model.said("extend_to"), model.said("method")
+            own = ["--extend-to", str(context), "--method", method] if context and method else []
+            yield shlex.join([*start, model.model, "--output", model.path, *own, *rest])

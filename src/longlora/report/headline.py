@@ -6,68 +6,64 @@ from longlora.report import wording
 from longlora.report.axes import drawable
 from longlora.report.benchmark_sections import effective_length, is_good, named
 from longlora.report.changes import change, direction, interval, said
-from longlora.report.comparison.perplexity_lines import Line, groups, is_of_a_model, is_stretched, lines
-from longlora.report.comparison.subjects import Subject
-from longlora.report.reading import Evaluated
+from longlora.report.models import Model, compared
+from longlora.report.perplexity_section import Curve, curves, groups
 from longlora.report.retrieval_section import found_at, in_percent
 from longlora.report.ways import alike, way_of
 from longlora.results import Measured, Ruler, Short
 
 
-def headline(subjects: Sequence[Subject]) -> str:
+def headline(models: Sequence[Model]) -> str:
     """The first sentence."""
-    models = [subject for subject in subjects if not subject.evaluated.is_baseline]
-    if len(models) == 1:
-        return f"What was measured of {models[0].name}"
-    return f"{len(models)} models compared: {wording.listed([model.name for model in models])}"
+    about = compared(models)
+    if len(about) == 1:
+        return f"What was measured of {about[0].name}"
+    return f"{len(about)} models compared: {wording.listed([model.name for model in about])}"
 
 
-def conclusions(subjects: Sequence[Subject]) -> list[str]:
+def conclusions(models: Sequence[Model]) -> list[str]:
     """A sentence a measure, each over the models that were measured in the same way."""
-    evaluated = [subject.evaluated for subject in subjects]
-    found = [_perplexity(subjects), _passkey(evaluated), _ruler(evaluated), _short(subjects)]
-    return [sentence for sentence in found if sentence]
+    return [sentence for say in (_perplexity, _passkey, _ruler, _short) if (sentence := say(models))]
 
 
-def _perplexity(subjects: Sequence[Subject]) -> str:
+def _perplexity(models: Sequence[Model]) -> str:
     """The order at the longest context that most models share."""
-    together = groups(lines(subjects))
-    group = [line for line in together[0] if _drawable(line)] if together else []
-    models = [line for line in group if is_of_a_model(line)]
-    if not models:
+    group = next(iter(groups(curves(models))), [])
+    group = [curve for curve in group if all(drawable(result.perplexity) for result in curve.measured.results)]
+    about = [curve for curve in group if curve.is_compared]
+    contexts = [{result.context for result in curve.measured.results} for curve in about]
+    shared = set.intersection(*contexts) if contexts else set()
+    if not shared:
         return ""
-    contexts = set.intersection(*({r.context for r in line.measured.results} for line in models))
-    if not contexts:
-        return ""
-    far = max(contexts)
+    far = max(shared)
 
-    def result(line: Line) -> Measured:
-        found = line.measured.at(far)
+    def result(curve: Curve) -> Measured:
+        found = curve.measured.at(far)
         assert found is not None
         return found
 
-    def at_far(line: Line) -> float:
-        return result(line).perplexity
+    def at_far(curve: Curve) -> float:
+        return result(curve).perplexity
 
-    def value(line: Line) -> str:
-        return f"{wording.perplexity(at_far(line))} for {line.measured.label}"
+    def value(curve: Curve) -> str:
+        return f"{wording.perplexity(at_far(curve))} for {curve.measured.label}"
 
-    models.sort(key=at_far)
-    sentence = f"Perplexity at {far:,} tokens: {wording.listed([value(line) for line in models])}"
+    about.sort(key=at_far)
+    sentence = f"Perplexity at {far:,} tokens: {wording.listed([value(curve) for curve in about])}"
     # of what the runs began with, and of that stretched in several ways, the best is the one to beat
     for stretched, what in (
         (False, "for what they were made from"),
         (True, "for that with stretched positions, not trained"),
     ):
-        others = [line for line in group if is_stretched(line) is stretched and line.measured.at(far)]
+        others = [c for c in group if not c.is_compared and c.stretched is stretched and c.measured.at(far)]
         if others:
             beaten = min(others, key=at_far)
             sentence += f"; {wording.perplexity(at_far(beaten))} {what}"
-            found = change(result(models[0]), result(beaten))
+            found = change(result(about[0]), result(beaten))
             if found and found.low is not None:
-                sentence += f", than which {models[0].measured.label} is {said(found)}"
-    if len(models) > 1:
-        best, second = models[:2]
+                sentence += f", than which {about[0].measured.label} is {said(found)}"
+    if len(about) > 1:
+        best, second = about[:2]
         found = change(result(second), result(best))
         if found and found.low is None:
             sentence += ". No file has an interval: small differences are not judged" if direction(found) == 0 else ""
@@ -77,11 +73,7 @@ def _perplexity(subjects: Sequence[Subject]) -> str:
     return sentence + "."
 
 
-def _drawable(line: Line) -> bool:
-    return all(drawable(result.perplexity) for result in line.measured.results)
-
-
-def _passkey(models: Sequence[Evaluated]) -> str:
+def _passkey(models: Sequence[Model]) -> str:
     asked = [(model, model.retrievals["passkey"]) for model in models if "passkey" in model.retrievals]
     if not asked:
         return ""
@@ -95,7 +87,7 @@ def _passkey(models: Sequence[Evaluated]) -> str:
     return f"Pass keys found at {far:,} tokens: {wording.listed(words)}." if words else ""
 
 
-def _ruler(models: Sequence[Evaluated]) -> str:
+def _ruler(models: Sequence[Model]) -> str:
     asked = [(model, found) for model in models if (found := model.of(Ruler)) and found.averages]
     if not asked:
         return ""
@@ -104,17 +96,17 @@ def _ruler(models: Sequence[Evaluated]) -> str:
     return f"RULER’s effective length in tokens: {wording.listed(words)}."
 
 
-def _short(subjects: Sequence[Subject]) -> str:
+def _short(models: Sequence[Model]) -> str:
     words = []
-    for subject in subjects:
-        found = subject.evaluated.of(Short)
+    for model in models:
+        found = model.of(Short)
         if not found:
             continue
         rows = [*found.results, *found.tasks]
         lost = [row for row in rows if is_good(row) is False]
         if lost:
             worst = max(lost, key=lambda row: abs(row.after / row.before - 1) if row.before else 0)
-            words.append(f"{subject.name} {worst.verdict} ({named(worst)})")
+            words.append(f"{model.name} {worst.verdict} ({named(worst)})")
         else:
-            words.append(f"{subject.name} is not shown to lose anything")
+            words.append(f"{model.name} is not shown to lose anything")
     return f"At short length: {'; '.join(words)}." if words else ""

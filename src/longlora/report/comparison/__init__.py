@@ -1,1 +1,0 @@
-"""`longlora report`: one page of one run, or of several models side by side."""
