@@ -318,7 +318,7 @@ def test_lines_through_a_chat_template(asked_of, tmp_path, capsys):
     )
     printed = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"% right, of lines\s+5\s+6", printed[0])
-    assert re.fullmatch(rf"{re.escape(folder)}\s+50\s+0", printed[1])
+    assert re.fullmatch(rf"{re.escape(folder)}\s+50 \(9–91\)\s+0 \(0–79\)", printed[1])
 
 
 def test_a_base_model_goes_on_from_longevals_words_to_the_end_of_the_line(asked_of, tmp_path):

@@ -90,7 +90,7 @@ def test_what_time_did_not_allow_is_named(documents, tmp_path, small):
 
 
 def test_the_arms_are_what_they_say():
-    known = study.arms(16384, 60)
+    known = study.arms(60)
     assert known["yarn-full-pairs"].steps == pytest.approx(1 / 3 + 2 / 3 / 4)
     assert known["ntk-best-last"].attention.full_attention_steps == 6
     assert known["ntk-best-last"].method == "ntk"

@@ -1,7 +1,7 @@
 """`longlora eval perplexity`: any models, any contexts, the same documents, one table."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from longlora.evaluation.results import (
     trials_kept,
 )
 from longlora.evaluation.statistics import Estimate
+from longlora.evaluation.tables import result_table, shown, spread
 from longlora.model.lm_head import unwrapped
 from longlora.model.loading import load_config
 from longlora.model.positions import extend_positions
 from longlora.settings import EvaluatePerplexitySettings
-from longlora.tables import aligned
 
 logger = logging.getLogger(__name__)
 
@@ -45,28 +45,18 @@ def evaluate_perplexity(settings: EvaluatePerplexitySettings) -> Document:
 
 
 def perplexity_table(documents: Sequence[Document]) -> str:
-    """Perplexities and their 95% intervals for people: two lines a model, a column a context."""
-    contexts = sorted({result["context"] for document in documents for result in document["results"]})
-    grid = [["perplexity at", *(f"{context:,}" for context in contexts)]]
-    for document in documents:
-        found = {result["context"]: result for result in document["results"]}
-        rows = [found.get(context) for context in contexts]
-        values = (f"{row['perplexity']:.2f}" if row else "–" for row in rows)
-        grid.append([document.get("label") or document["model"], *values])
-        if any(row and row.get("low") is not None for row in rows):
-            grid.append(["  95% interval", *map(_interval, rows)])
-    lines, results = [aligned(grid)], documents[0]["results"]
-    stride = documents[0]["stride"] or "/".join(f"{r['stride']:,}" for r in results)
-    tokens, counts, skipped = (_range(r[key] for r in results) for key in ("tokens", "documents", "skipped_documents"))
-    lines.append(
-        f"{documents[0]['data']}; stride {stride}, score {documents[0]['score']}; "
-        f"{tokens} tokens of {counts} documents, {skipped} too short"
-        + (
-            f", the last {last:,} before the longest context is full"
-            if (last := documents[0].get("last_tokens"))
-            else ""
-        )
+    """Perplexities and their 95% intervals for people: a line a model, a column a context."""
+    first, results = documents[0], documents[0]["results"]
+    stride = first["stride"] or "/".join(f"{r['stride']:,}" for r in results)
+    tokens, counts, skipped = (
+        spread([r[key] for r in results]) for key in ("tokens", "documents", "skipped_documents")
     )
+    last = f", the last {first['last_tokens']:,} before the longest context is full" if first.get("last_tokens") else ""
+    lines = [
+        result_table(documents, "perplexity at", lambda result: shown(result, "perplexity", 2)),
+        f"{first['data']}; stride {stride}, score {first['score']}; {tokens} tokens of {counts} documents, {skipped} "
+        f"too short{last}",
+    ]
     if len({r.get("text") for r in results}) > 1:
         lines.append("each context is scored on documents of its own: do not read its line as a curve")
     return "\n".join(lines)
@@ -86,10 +76,6 @@ def perplexity_changes(document: Mapping[str, Any], before: Mapping[str, Any]) -
     return found
 
 
-def _interval(row: Mapping[str, Any] | None) -> str:
-    return f"{row['low']:.2f}–{row['high']:.2f}" if row and row.get("low") is not None else ""
-
-
 def _with_contexts(settings: EvaluatePerplexitySettings) -> EvaluatePerplexitySettings:
     """`settings` with the same contexts for all models, where none are given: those of the longest window."""
     models = evaluated_models(settings)
@@ -106,12 +92,6 @@ def _with_contexts(settings: EvaluatePerplexitySettings) -> EvaluatePerplexitySe
     longest = max(found, key=max)
     contexts = tuple(context for context in longest if context >= settings.perplexity.stride_at(context))
     return replace(settings, perplexity=replace(settings.perplexity, contexts=contexts or longest))
-
-
-def _range(numbers: Iterable[int]) -> str:
-    """`7`, or `5 to 9` where they differ."""
-    found = sorted(set(numbers))
-    return " to ".join(f"{number:,}" for number in dict.fromkeys((found[0], found[-1])))
 
 
 def _evaluate(name: str, settings: EvaluatePerplexitySettings, file: Path | None) -> Document:

@@ -21,6 +21,7 @@ from longlora.evaluation.results import (
     trials_kept,
     weights_fingerprint,
 )
+from longlora.evaluation.tables import shown
 from longlora.evaluation.trials import TrialLog
 from longlora.evaluation.windows import digest_of_texts
 from longlora.model.lm_head import unwrapped
@@ -56,11 +57,8 @@ def long_perplexity_table(documents: Sequence[Document]) -> str:
     grid = [["model", "LongPPL (95% interval)", "perplexity", "key tokens", "of all"]]
     for document in documents:
         row = document["results"][0]
-        longppl = "–" if row["longppl"] is None else f"{row['longppl']:.2f}"
-        if row["low"] is not None:
-            longppl += f" ({row['low']:.2f} to {row['high']:.2f})"
         counts = [f"{row['key_tokens']:,}", f"{row['key_tokens'] / row['tokens']:.1%}"]
-        grid.append([document["label"], longppl, f"{row['perplexity']:.2f}", *counts])
+        grid.append([document["label"], shown(row, "longppl", 2), f"{row['perplexity']:.2f}", *counts])
     judge = f"chosen by {first['evaluator']}" if first["evaluator"] else "each model's own"
     if not first["evaluator"] and len(documents) > 1:
         judge += " (with --evaluator MODEL all are measured on the same ones)"

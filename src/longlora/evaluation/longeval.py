@@ -25,8 +25,8 @@ from longlora.evaluation.longeval_cases import (
 from longlora.evaluation.prompting import PromptFormat
 from longlora.evaluation.results import Document
 from longlora.evaluation.retrieval import Question, Task, ask_models, footing, window_of
+from longlora.evaluation.tables import result_table, shown
 from longlora.settings import LinesSettings, LongEvalSettings, TopicsSettings
-from longlora.tables import aligned
 
 TOPICS = (5, 10, 15, 20, 25)
 LINES = (200, 300, 400, 500, 600, 680)
@@ -166,15 +166,11 @@ def _data_names(settings: LongEvalSettings) -> list[str]:
 
 def accuracy_table(documents: Sequence[Document], what: str) -> str:
     """Accuracy in per cent for people: a line a model, a column a length."""
-    numbers = sorted({result[what] for document in documents for result in document["results"]})
-    grid, about = [[f"% right, of {what}", *(f"{number:,}" for number in numbers)]], []
+    lines = [
+        result_table(documents, f"% right, of {what}", lambda result: shown(result, "accuracy", 0, 100), what),
+        result_table(documents[:1], "tokens a prompt", lambda result: f"{result['tokens']:,}", what),
+    ]
     for document in documents:
-        found = {result[what]: result for result in document["results"]}
-        accuracies = [found[number]["accuracy"] if number in found else None for number in numbers]
-        cells = ("–" if accuracy is None else f"{100 * accuracy:.0f}" for accuracy in accuracies)
-        tokens = (f"{found[number]['tokens']:,}" if number in found else "" for number in numbers)
-        grid += [[document["label"], *cells], ["  tokens a prompt", *tokens]]
-        named = f"{document['label']}: " if len(documents) > 1 else ""
         seed = "" if document["seed"] is None else f", seed {document['seed']}"
-        about.append(footing(document, f"{named}{', '.join(document['data'])}{seed}"))
-    return "\n".join([aligned(grid), *about])
+        lines.append(footing(document, f"{document['label']}: {', '.join(document['data'])}{seed}"))
+    return "\n".join(lines)

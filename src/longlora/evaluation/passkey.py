@@ -18,10 +18,11 @@ from longlora.evaluation.perplexity import default_contexts
 from longlora.evaluation.prompting import PromptFormat
 from longlora.evaluation.results import Document
 from longlora.evaluation.retrieval import Question, Task, ask_models, footing, window_of
+from longlora.evaluation.statistics import share
+from longlora.evaluation.tables import result_table, shown
 from longlora.model.loading import window
 from longlora.progress import Progress
 from longlora.settings import PasskeySettings
-from longlora.tables import aligned
 
 DEPTHS = 5
 
@@ -30,8 +31,6 @@ ANSWER_TOKENS = len(" 49999")
 
 CHARACTERS_A_TOKEN = 3.75
 """The original's estimate for its filler."""
-
-SHADES = " ░▒▓█"
 
 
 def evaluate_passkey(settings: PasskeySettings) -> Document:
@@ -46,7 +45,7 @@ def evaluate_passkey(settings: PasskeySettings) -> Document:
         UserError: a model, tokenizer or context that does not serve.
     """
     make_task = original_task if settings.interval else grid_task
-    return ask_models("passkey", settings, functools.partial(make_task, settings), heat_maps)
+    return ask_models("passkey", settings, functools.partial(make_task, settings), passkey_table)
 
 
 def grid_task(settings: PasskeySettings, form: PromptFormat, config: PreTrainedConfig) -> Task:
@@ -94,9 +93,21 @@ def evenly_spaced(depths: int) -> list[float]:
     return [round(at / (depths - 1), 4) for at in range(depths)] if depths > 1 else [0.5]
 
 
-def heat_maps(documents: Sequence[Document]) -> str:
-    """Accuracy for people: for each model a line a depth, a column a context."""
-    return "\n\n".join(_heat_map(document) for document in documents)
+def passkey_table(documents: Sequence[Document]) -> str:
+    """Accuracy in per cent for people: a line a model and depth, a column a context."""
+    told = [document | {"results": [*document["results"], *_over_depths(document)]} for document in documents]
+    lines = [
+        result_table(
+            told,
+            "% of pass keys found, depth",
+            lambda result: shown(result, "accuracy", 0, 100),
+            row=lambda result: depth if isinstance(depth := result.get("depth", "any"), str) else f"{depth:.0%}",
+        )
+    ]
+    for document in documents:
+        keys = f"{document['keys']} keys a prompt, " if document["keys"] > 1 else ""
+        lines.append(footing(document, f"{keys}seed {document['seed']}"))
+    return "\n".join(lines)
 
 
 def _usual_contexts(config: PreTrainedConfig) -> tuple[int, ...]:
@@ -107,33 +118,18 @@ def _usual_contexts(config: PreTrainedConfig) -> tuple[int, ...]:
     return whole // 4, whole // 2, whole
 
 
-def _heat_map(document: Document) -> str:
-    results = document["results"]
-    contexts = sorted({result["context"] for result in results})
-    depths = sorted({result["depth"] for result in results if "depth" in result})
-    found = {(result["context"], result.get("depth")): result["accuracy"] for result in results}
-    grid = [["depth", *(f"{context:,}" for context in contexts)]]
-    for depth in depths or [None]:
-        name = f"{depth:.0%}" if depth is not None else "any"
-        grid.append([name, *(_shaded(found.get((context, depth))) for context in contexts)])
-    if len(depths) > 1:
-        means = [_mean([r for r in results if r["context"] == context]) for context in contexts]
-        grid.append(["all", *map(_shaded, means)])
-    keys = f"{document['keys']} keys a prompt, " if document["keys"] > 1 else ""
-    about = footing(document, f"{keys}seed {document['seed']}")
-    return "\n".join([f"{document['label']}: % of pass keys found", aligned(grid), about])
-
-
-def _shaded(accuracy: float | None) -> str:
-    if accuracy is None:
-        return "–"
-    return f"{SHADES[round(accuracy * (len(SHADES) - 1))]} {accuracy:>4.0%}".replace("%", "")
-
-
-def _mean(results: list[dict[str, Any]]) -> float | None:
-    """Accuracy over all trials of `results`."""
-    trials = sum(result["trials"] for result in results)
-    return sum((result["accuracy"] or 0) * result["trials"] for result in results) / trials if trials else None
+def _over_depths(document: Document) -> list[dict[str, Any]]:
+    """Accuracy at each context over all depths, where there are several."""
+    found: dict[int, list[float]] = {}
+    for result in document["results"]:
+        found.setdefault(result["context"], []).extend(result["scores"])
+    if len({result.get("depth") for result in document["results"]}) == 1:
+        return []
+    shares = {context: share(sum(scores) / len(scores), len(scores)) for context, scores in found.items() if scores}
+    return [
+        {"context": context, "depth": "all", "accuracy": value, "low": low, "high": high}
+        for context, (value, low, high) in shares.items()
+    ]
 
 
 def _tokens(form: PromptFormat, hidden: list[Hidden], characters: int) -> np.ndarray:

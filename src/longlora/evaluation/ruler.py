@@ -14,12 +14,12 @@ from longlora.evaluation import statistics
 from longlora.evaluation.loading import Asked, require_lm_eval, whom_to_ask
 from longlora.evaluation.perplexity import check_positions, default_contexts
 from longlora.evaluation.results import Document, evaluate_each, keep, trials_kept
-from longlora.evaluation.retrieval import accuracy_changes
+from longlora.evaluation.retrieval import accuracy_changes, footing
 from longlora.evaluation.statistics import Estimate
+from longlora.evaluation.tables import result_table, shown
 from longlora.model.loading import window
 from longlora.progress import Progress
 from longlora.settings import RulerSettings
-from longlora.tables import aligned
 
 Cell = dict[str, Any]
 
@@ -112,35 +112,24 @@ def ruler_tables(documents: Sequence[Document]) -> str:
 
 def ruler_table(document: Document) -> str:
     """The cells, averages and effective length of one model, for people."""
-    results = document["results"]
-    contexts = sorted({cell["context"] for cell in results})
-    names = list(dict.fromkeys(cell["task"] for cell in results))
-    found = {(cell["context"], cell["task"]): cell["accuracy"] for cell in results}
+    results, means = document["results"], document["averages"]
     average = f"average of {len(document['average_over'])} tasks"
-    grid = [["", *(f"{context:,}" for context in contexts)]]
-    grid += [[name, *(_percent(found.get((context, name))) for context in contexts)] for name in names]
-    means = {mean["context"]: mean["accuracy"] for mean in document["averages"]}
-    if means:
-        grid.append([average, *(_percent(means.get(context)) for context in contexts)])
-        ends = [(100 * mean["low"], 100 * mean["high"]) for mean in document["averages"]]
-        grid.append(["  95% interval", *(f"{low:.0f}–{high:.0f}" for low, high in ends)])
-    lines = [f"{document['label']}: RULER, % right", aligned(grid)]
+    told = document | {"results": [*results, *(mean | {"task": average} for mean in means)]}
+    heading = f"{document['label']}: RULER, % right"
+    figures = result_table([told], heading, lambda cell: shown(cell, "accuracy", 1, 100), row=lambda cell: cell["task"])
+    lines = [figures]
     if len(means) > 1:
         both = document["weighted_averages"]
         lines.append(
             f"weighted averages: {100 * both['increasing']:.1f} where long lengths count most, "
             f"{100 * both['decreasing']:.1f} where short ones do"
         )
-    partial = [name for name in names if name not in document["average_over"]]
+    partial = dict.fromkeys(cell["task"] for cell in results if cell["task"] not in document["average_over"])
     if means and partial:
         lines.append(f"not in the average, for want of a length: {', '.join(partial)}")
-    lines.append(_effective_length_in_words(document))
-    cut = sum(cell["cut"] for cell in results)
-    lines.append(
-        f"{document['trials']:,} trials a task and length, seed {document['seed']}, "
-        f"{'chat template' if document['chat'] else 'plain text'}, window {document['window'] or 0:,}, "
-        f"{document['seconds']:,.0f} s" + (f"; {cut:,} prompts were cut on the left" if cut else "")
-    )
+    lines += [_effective_length_in_words(document), footing(document, f"seed {document['seed']}")]
+    if cut := sum(cell["cut"] for cell in results):
+        lines.append(f"{cut:,} prompts were cut on the left")
     lines += list(document["deviations"].values())
     for where, reason, tasks in _grouped(document["left_out"]):
         lines.append(f"left out{where}: {', '.join(tasks)}: {reason}")
@@ -236,10 +225,6 @@ def _average_changes(document: Mapping[str, Any], before: Mapping[str, Any]) -> 
     common = set(document["average_over"]) & set(before["average_over"])
     kept = [{"results": [cell for cell in each["results"] if cell["task"] in common]} for each in (document, before)]
     return accuracy_changes(kept[0], kept[1])
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f}"
 
 
 def _effective_length_in_words(document: Document) -> str:

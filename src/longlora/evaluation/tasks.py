@@ -11,6 +11,7 @@ from longlora.evaluation.loading import require_lm_eval, whom_to_ask
 from longlora.evaluation.perplexity import check_positions
 from longlora.evaluation.results import Document, evaluate_each, keep, trials_kept
 from longlora.evaluation.retrieval import window_of
+from longlora.evaluation.tables import shown
 from longlora.settings import EvaluateTasksSettings
 from longlora.tables import aligned
 
@@ -38,7 +39,7 @@ def tasks_table(documents: Sequence[Document]) -> str:
         (
             f"{row['task']}, {row['metric']}",
             document["label"],
-            f"{row['value']:.4f}" + ("" if row["low"] is None else f" ({row['low']:.4f} to {row['high']:.4f})"),
+            shown(row, "value", 4),
             f"{row['samples'] or 0:,} samples" + (f", {row['cut']:,} requests cut on the left" if row["cut"] else ""),
         )
         for document in documents

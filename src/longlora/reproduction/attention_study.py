@@ -10,57 +10,46 @@ from typing import Any
 
 from longlora.reproduction.entries import Entry, Figure, Ratio, Row, Size, Table
 from longlora.reproduction.measuring import RECALL_PLACES, copy_edges
-from longlora.reproduction.ways import Method
-from longlora.settings import AttentionSettings, PatternOptions
+from longlora.reproduction.ways import Way
+from longlora.settings import PatternOptions
 
 
-def methods(context: int, steps: int) -> dict[str, Method]:
+def methods(context: int, steps: int) -> dict[str, Way]:
     """The study's methods by name, for a target `context` in tokens and cells of `steps` steps."""
-    group, last = context // 4, max(1, steps // 6)
+    last, small = {"full_attention_steps": max(1, steps // 6)}, max(1, context // 32)
+    half = {"options": PatternOptions(scatter_heads="half")}
 
-    def shift(**chosen: Any) -> AttentionSettings:
-        return AttentionSettings(pattern="shift", group_size=group, **chosen)
+    def pieces(count: int) -> dict[str, Any]:
+        return {"options": PatternOptions(scatter_pieces=count, scatter_piece_size=small)}
 
-    def scatter(**chosen: Any) -> AttentionSettings:
-        return AttentionSettings(pattern="scatter", group_size=group, **chosen)
-
-    def pieces(count: int, size: int) -> PatternOptions:
-        return PatternOptions(scatter_pieces=count, scatter_piece_size=size)
-
-    full = AttentionSettings(pattern="full", group_size=group)
-    half = PatternOptions(scatter_heads="half")
-    small = max(1, group // 8)
-    found: dict[str, tuple[str, AttentionSettings]] = {
-        "full": ("full", full),
-        "full-half": ("full, half of the steps", full),
-        "shift": ("S²", shift()),
-        "shift-last": (f"S², last {last} steps full", shift(full_attention_steps=last)),
-        "scatter": ("scatter", scatter()),
-        "scatter-last": (f"scatter, last {last} steps full", scatter(full_attention_steps=last)),
-        "shift-pieces": (f"S² + 4 pieces of {small}", shift(options=pieces(4, small))),
-        "shift-few-pieces": (f"S² + 2 pieces of {small}", shift(options=pieces(2, small))),
-        "scatter-pieces": (f"scatter, 4 pieces of {small}", scatter(options=pieces(4, small))),
-        "shift-rotating": ("S², 1/6 of layers full, drawn anew", shift(full_layers_share=1 / 6)),
-        "shift-rotating-2": ("S², 1/3 of layers full, drawn anew", shift(full_layers_share=1 / 3)),
+    found: dict[str, tuple[str, str, dict[str, Any]]] = {
+        "full": ("full", "full", {}),
+        "full-half": ("full, half of the steps", "full", {}),
+        "shift": ("S²", "shift", {}),
+        "shift-last": (f"S², last {last['full_attention_steps']} steps full", "shift", last),
+        "scatter": ("scatter", "scatter", {}),
+        "scatter-last": (f"scatter, last {last['full_attention_steps']} steps full", "scatter", last),
+        "shift-pieces": (f"S² + 4 pieces of {small}", "shift", pieces(4)),
+        "shift-few-pieces": (f"S² + 2 pieces of {small}", "shift", pieces(2)),
+        "scatter-pieces": (f"scatter, 4 pieces of {small}", "scatter", pieces(4)),
+        "shift-rotating": ("S², 1/6 of layers full, drawn anew", "shift", {"full_layers_share": 1 / 6}),
+        "shift-rotating-2": ("S², 1/3 of layers full, drawn anew", "shift", {"full_layers_share": 1 / 3}),
     }
-    lora = {
-        "full": found["full"],
-        "shift": found["shift"],
-        "shift-layer": ("S², the middle layer full", shift(full_attention_layers=(3,))),
-        "scatter-half": ("scatter in half of the heads", scatter(options=half)),
-        "scatter-half-last": ("the same, last steps full", scatter(options=half, full_attention_steps=last)),
-        "scatter": found["scatter"],
-        "scatter-last": found["scatter-last"],
-        "shift-pieces": found["shift-pieces"],
-        "shift-rotating": found["shift-rotating"],
+    lora = {name: found[name] for name in ("full", "shift")}
+    lora |= {
+        "shift-layer": ("S², the middle layer full", "shift", {"full_attention_layers": (3,)}),
+        "scatter-half": ("scatter in half of the heads", "scatter", half),
+        "scatter-half-last": ("the same, last steps full", "scatter", half | last),
     }
-    return {
-        name: Method(name=name, label=label, attention=attention, steps=0.5 if name == "full-half" else 1.0)
-        for name, (label, attention) in found.items()
-    } | {
-        f"lora-{name}": Method(name=f"lora-{name}", label=f"LoRA alone: {label}", attention=attention, train=("lora",))
-        for name, (label, attention) in lora.items()
-    }
+    lora |= {name: found[name] for name in ("scatter", "scatter-last", "shift-pieces", "shift-rotating")}
+    ways = [
+        Way(name=name, label=label, pattern=pattern, attention=more, steps=0.5 if name == "full-half" else 1.0)
+        for name, (label, pattern, more) in found.items()
+    ] + [
+        Way(name=f"lora-{name}", label=f"LoRA alone: {label}", pattern=pattern, attention=more, train=("lora",))
+        for name, (label, pattern, more) in lora.items()
+    ]
+    return {way.name: way for way in ways}
 
 
 def tables(size: Size) -> tuple[Table, ...]:

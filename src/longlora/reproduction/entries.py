@@ -4,27 +4,16 @@ To define a study of your own, write a function in a file of its own that takes 
 `longlora.reproduction.attention_study.tables` does, list it in `longlora.reproduction.tables.TABLES`, and name it in
 `longlora.settings.reproduction.STUDIES`. Cells, runs, resuming, tables, CSV and figures come with that:
 
-    a way      anything with `trained` and `cell(base, seed)`: `ways.Way`, or a class of the study's own
+    a way      how a model is made; two entries whose ways make a cell of one name share it
     an entry   a way and the name of a number: one of `measuring.MEASURES` (a study adds its own there) or of
                `measuring.TOOK`
     a check    what is claimed of two entries; judged over seeds
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from longlora.errors import UserError
-from longlora.reproduction.cells import Cell
-from longlora.settings import ExtendSettings
-
-
-class Way(Protocol):
-    """How one model is made; two entries whose ways make a cell of one name share it."""
-
-    @property
-    def trained(self) -> bool: ...
-
-    def cell(self, base: ExtendSettings, seed: int) -> Cell: ...
+from longlora.reproduction.ways import Way
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,9 @@ from longlora.reproduction.cells import Cell, finished
 from longlora.reproduction.page import write_result
 from longlora.reproduction.real_model_page import numbers, page_text, sentences, tables
 from longlora.reproduction.table_runs import Job, run_job
-from longlora.reproduction.ways import Method
+from longlora.reproduction.ways import Way
 from longlora.run_directory import RunDirectory
 from longlora.settings import (
-    AttentionSettings,
     CorpusSettings,
     EvaluatePerplexitySettings,
     ExtendSettings,
@@ -66,12 +65,10 @@ BEST_SHARE = 1 / 3
 """Of the layers, drawn anew for each pass, that train with full attention in `--recipe best`."""
 
 
-def arms(context: int, steps: int) -> dict[str, Method]:
+def arms(steps: int) -> dict[str, Way]:
     """The study's arms by name, in the order in which they run."""
-    group, last = context // 4, max(1, steps // 10)
-    full = AttentionSettings(pattern="full", group_size=group)
-    shift = AttentionSettings(pattern="shift", group_size=group)
-    best = replace(shift, full_layers_share=BEST_SHARE)
+    last = max(1, steps // 10)
+    best = {"full_layers_share": BEST_SHARE}
     pairs = BEST_SHARE + (1 - BEST_SHARE) / 4  # of full attention's, as groups of a quarter take a quarter of them
     untrained = {
         "base": ("as it is", "none", 1),
@@ -83,20 +80,17 @@ def arms(context: int, steps: int) -> dict[str, Method]:
     }
     trained: dict[str, tuple[str, dict[str, Any]]] = {
         "best": ("a third of the layers full", {"attention": best}),
-        "full": ("full attention", {"attention": full}),
-        "shift": ("S²", {"attention": shift}),
-        "full-pairs": ("full attention, as many pairs", {"attention": full, "steps": pairs}),
-        "best-last": (
-            f"a third full, last {last} steps full",
-            {"attention": replace(best, full_attention_steps=last)},
-        ),
+        "full": ("full attention", {"pattern": "full"}),
+        "shift": ("S²", {}),
+        "full-pairs": ("full attention, as many pairs", {"pattern": "full", "steps": pairs}),
+        "best-last": (f"a third full, last {last} steps full", {"attention": best | {"full_attention_steps": last}}),
         "best-mix": ("a third full, 60% long documents", {"attention": best, "mix": ("long=0.6", "short=0.4")}),
     }
     found = [
-        Method(name=name, label=label, attention=None, method=method, stretch=stretch)
+        Way(name=name, label=label, trained=False, method=method, stretch=stretch)
         for name, (label, method, stretch) in untrained.items()
     ] + [
-        Method(name=f"{method}-{name}", label=f"{said}, {label}", method=method, **chosen)
+        Way(name=f"{method}-{name}", label=f"{said}, {label}", method=method, **chosen)
         for method, said in (("yarn", "YaRN"), ("ntk", "NTK"))
         for name, (label, chosen) in trained.items()
     ]
@@ -111,7 +105,7 @@ class Study:
     window: int
     base: ExtendSettings
     folder: Path
-    known: Mapping[str, Method]
+    known: Mapping[str, Way]
 
     def cell(self, name: str) -> Cell:
         """The training of an arm as a cell, placed."""
@@ -210,7 +204,7 @@ def _study(settings: ReproduceSettings) -> Study:
             )
     window = window_of(settings)
     context = settings.context or 2 * window
-    known = arms(context, settings.steps)
+    known = arms(settings.steps)
     refuse_mistakes(settings, known)
     folder = Path(settings.output or "runs/real-model")
     base = base_settings(settings, context)

@@ -1,6 +1,8 @@
-"""Ways to make a model longer, as the paper's tables vary them, and the cell that each of them is."""
+"""Ways to make a model longer, as the paper's tables and the studies vary them, and the cell that each of them is."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from longlora.reproduction.cells import Cell
 from longlora.settings import AttentionSettings, ExtendSettings
@@ -21,12 +23,21 @@ class Way:
     """How one model is made longer; what is not said here is the base settings'. Two tables that ask for the same way
     share its cell."""
 
-    context: int
+    name: str = ""
+    """What the cell is, as a file's name; default made from the rest."""
+
+    label: str = ""
+    """What the cell is, for people; default made from the rest."""
+
+    context: int | None = None
     """Tokens trained for."""
 
     pattern: str = "shift"
     groups: int = 4
     """Groups a row, of context / groups tokens."""
+
+    attention: Mapping[str, Any] = field(default_factory=dict)
+    """Further settings of the attention while training."""
 
     train: tuple[str, ...] = ("lora", "norm", "embed")
     rank: int = 8
@@ -42,31 +53,19 @@ class Way:
     """False: positions are stretched and nothing is trained."""
 
     method: str | None = None
-    """How positions are stretched; default as the base settings say."""
+    """How positions are stretched."""
+
+    stretch: int = 1
+    """Positions are stretched for this many times the context."""
+
+    steps: float = 1.0
+    """Share of the base settings' steps."""
+
+    mix: tuple[str, ...] = ()
+    """Shares of kinds of documents."""
 
     watched: int | None = None
     """Steps between measurements on the way; default none."""
-
-    def name(self, base: ExtendSettings) -> str:
-        """What the cell is, as a file's name."""
-        method = self.method or base.positions.method
-        if not self.trained:
-            return f"untrained-{method}-{self.context}"
-        parts = [method, str(self.context), self.pattern]
-        parts += [f"{self.groups}-groups"] if self.pattern != "full" and self.groups != 4 else []
-        parts += self.train
-        if "lora" in self.train and (self.rank != 8 or self.alpha != 16):
-            parts += [f"r{self.rank}"] + ([f"a{self.alpha:g}"] if self.alpha != 16 else [])
-        parts += [f"rate{self.rate:g}".replace(".", "_")] if self.rate != 1 else []
-        parts += ["one-rate"] if self.one_rate else []
-        return "-".join([*parts, *(["watched"] if self.watched else [])])
-
-    def label(self, base: ExtendSettings) -> str:
-        """What the cell is, for people."""
-        method = self.method or base.positions.method
-        if not self.trained:
-            return f"{method} at {self.context:,}, not trained"
-        return f"{SAID[self.pattern]} at {self.context:,}, {' + '.join(self.train)}"
 
     def cell(self, base: ExtendSettings, seed: int) -> Cell:
         """The cell of this way with `seed`.
@@ -76,73 +75,49 @@ class Way:
                 ones get more rows, so that every step of every cell has the same number of tokens.
         """
         own = base.training
+        context, method = self.context or base.positions.context, self.method or base.positions.method
         norm = "norm" in self.train and not self.one_rate
         embed = "embed" in self.train and not self.one_rate
         training = replace(
             own,
             seed=seed,
-            batch=max(1, own.batch * base.positions.context // self.context),
+            steps=max(1, round(own.steps * self.steps)),
+            batch=max(1, own.batch * base.positions.context // context),
             lr=_times(own.lr, self.rate),
             norm_lr=_times(own.norm_lr, self.rate) if norm and own.norm_lr is not None else None,
             embed_lr=_times(own.embed_lr, self.rate) if embed and own.embed_lr is not None else None,
             evaluate_every=self.watched,
         )
+        group = max(2, context // self.groups)
         settings = replace(
             base,
-            positions=replace(base.positions, context=self.context, method=self.method or base.positions.method),
-            attention=AttentionSettings(pattern=self.pattern, group_size=max(2, self.context // self.groups)),
+            positions=replace(base.positions, context=context, method=method),
+            attention=AttentionSettings(pattern=self.pattern, group_size=group, **self.attention),
+            corpus=replace(base.corpus, packing="isolate" if self.mix else base.corpus.packing, mix=self.mix),
             trainable=replace(base.trainable, train=self.train, rank=self.rank, alpha=self.alpha),
             training=training,
         )
-        return Cell(self.name(base), self.label(base), settings, self.trained)
+        name, label = self.name or self._name(context, method), self.label or self._label(context, method)
+        return Cell(name, label, settings, self.trained)
+
+    def _name(self, context: int, method: str) -> str:
+        if not self.trained:
+            return f"untrained-{method}-{context}"
+        parts = [method, str(context), self.pattern]
+        parts += [f"{self.groups}-groups"] if self.pattern != "full" and self.groups != 4 else []
+        parts += self.train
+        if "lora" in self.train and (self.rank != 8 or self.alpha != 16):
+            parts += [f"r{self.rank}"] + ([f"a{self.alpha:g}"] if self.alpha != 16 else [])
+        parts += [f"rate{self.rate:g}".replace(".", "_")] if self.rate != 1 else []
+        parts += ["one-rate"] if self.one_rate else []
+        return "-".join([*parts, *(["watched"] if self.watched else [])])
+
+    def _label(self, context: int, method: str) -> str:
+        if not self.trained:
+            return f"{method} at {context:,}, not trained"
+        return f"{SAID[self.pattern]} at {context:,}, {' + '.join(self.train)}"
 
 
 def _times(rate: float, factor: float) -> float:
     """The product without the last digits of its rounding, which would stand in every settings.yaml."""
     return float(f"{rate * factor:.6g}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """How a study makes one model longer; what is not said here is the base settings'."""
-
-    name: str
-    label: str
-    attention: AttentionSettings | None
-    """While training; None where nothing is trained."""
-
-    train: tuple[str, ...] | None = None
-    """What trains, all at one rate."""
-
-    steps: float = 1.0
-    """Share of the base settings' steps."""
-
-    method: str | None = None
-    """How positions are stretched."""
-
-    stretch: int = 1
-    """Positions are stretched for this many times the context."""
-
-    mix: tuple[str, ...] = ()
-
-    @property
-    def trained(self) -> bool:
-        return self.attention is not None
-
-    def cell(self, base: ExtendSettings, seed: int) -> Cell:
-        """The cell of this method with `seed`; model, data, context and steps are those of `base`."""
-        assert self.attention is not None
-        training = replace(base.training, seed=seed, steps=max(1, round(base.training.steps * self.steps)))
-        trainable = base.trainable
-        if self.train is not None:
-            trainable = replace(trainable, train=self.train)
-            training = replace(training, norm_lr=None, embed_lr=None)
-        settings = replace(
-            base,
-            positions=replace(base.positions, method=self.method or base.positions.method),
-            attention=self.attention,
-            corpus=replace(base.corpus, packing="isolate" if self.mix else base.corpus.packing, mix=self.mix),
-            trainable=trainable,
-            training=training,
-        )
-        return Cell(self.name, self.label, settings)
