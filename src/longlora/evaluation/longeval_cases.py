@@ -13,7 +13,7 @@ words are in `assets/longeval.yaml`.
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -53,11 +53,11 @@ class Case:
 def read_topics(file: str) -> list[Case]:
     """The cases of one of LongChat's topic files. Raises as `read_lines`."""
     cases = []
-    for where, record in _records(file, ("prompt", "topics")):
-        topics = record["topics"]
-        if not isinstance(topics, list) or not topics or not all(isinstance(topic, str) for topic in topics):
-            raise UserError(f"{where}: 'topics' is {topics!r:.80}: it must be a list of topics, the first one first.")
-        cases.append(Case(len(topics), _text(where, record, "prompt"), topics[0], tuple(topics[1:])))
+    for where, record in _records(file, {"prompt": str, "topics": list}):
+        first, *others = record["topics"]
+        if not all(isinstance(topic, str) for topic in record["topics"]):
+            raise UserError(f"{where}: 'topics' is {record['topics']!r:.80}: it must be a list of topics.")
+        cases.append(Case(1 + len(others), record["prompt"], first, tuple(others)))
     return cases
 
 
@@ -67,16 +67,11 @@ def read_lines(file: str) -> list[Case]:
     Raises:
         UserError: the file cannot be read, holds no case, or a line of it is broken; the sentence names the line.
     """
-    cases = []
-    for where, record in _records(file, ("prompt", "expected_number", "num_lines", "random_idx")):
-        expected, number, asked = record["expected_number"], record["num_lines"], record["random_idx"]
-        if not isinstance(expected, int) or not isinstance(number, int) or not isinstance(asked, list) or not asked:
-            raise UserError(
-                f"{where}: 'expected_number' and 'num_lines' must be whole numbers and 'random_idx' a list of the "
-                f"line's name and place; they are {expected!r:.40}, {number!r:.40} and {asked!r:.40}."
-            )
-        cases.append(Case(number, _text(where, record, "prompt"), str(expected), (str(asked[0]),)))
-    return cases
+    fields = {"prompt": str, "expected_number": int, "num_lines": int, "random_idx": list}
+    return [
+        Case(record["num_lines"], record["prompt"], str(record["expected_number"]), (str(record["random_idx"][0]),))
+        for _, record in _records(file, fields)
+    ]
 
 
 def read_topic_list(file: str) -> list[tuple[str, str]]:
@@ -86,8 +81,8 @@ def read_topic_list(file: str) -> list[tuple[str, str]]:
         UserError: as `read_lines`.
     """
     if file.endswith(".jsonl"):
-        records = _records(file, ("topic", "conversation"))
-        return [(_text(where, record, "topic"), _text(where, record, "conversation")) for where, record in records]
+        records = _records(file, {"topic": str, "conversation": str})
+        return [(record["topic"], record["conversation"]) for _, record in records]
     topics = [line.strip() for line in _read(file).splitlines() if line.strip()]
     if not topics:
         raise UserError(f"{file} holds no topic: give a topic a line.")
@@ -171,29 +166,23 @@ def _read(file: str) -> str:
         raise UserError(f"{file} cannot be read ({reason}): name a file of test cases.") from error
 
 
-def _records(file: str, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where it stands, and the record, for each line of a JSONL file that is not empty."""
-    empty = True
-    for number, line in enumerate(_read(file).split("\n"), 1):
-        where = f"{file}, line {number}"
-        if not line.strip():
-            continue
+def _records(file: str, fields: Mapping[str, type]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where it stands, and the record, for each line of a JSONL file that is not empty; it has `fields`, none empty."""
+    lines = [(f"{file}, line {number}", line) for number, line in enumerate(_read(file).split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"{file} holds no case: name a file with one JSON record a line.")
+    kinds = {str: "text", int: "a whole number", list: "a list"}
+    for where, line in lines:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{where} is not JSON ({error.msg} at column {error.colno}): mend or remove it.") from error
-        missing = [name for name in needed if not isinstance(record, dict) or name not in record]
-        if missing:
-            raise UserError(
-                f"{where} lacks '{missing[0]}': a case has {', '.join(needed)}; is it a file of another task?"
-            )
-        empty = False
+        for name, kind in fields.items():
+            if not isinstance(record, dict) or name not in record:
+                raise UserError(
+                    f"{where} lacks '{name}': a case has {', '.join(fields)}; is it a file of another task?"
+                )
+            value = record[name]
+            if not isinstance(value, kind) or (kind is not int and not value):
+                raise UserError(f"{where}: '{name}' is {value!r:.40}: it must be {kinds[kind]}.")
         yield where, record
-    if empty:
-        raise UserError(f"{file} holds no case: name a file with one JSON record a line.")
-
-
-def _text(where: str, record: dict[str, Any], name: str) -> str:
-    if not isinstance(record[name], str) or not record[name]:
-        raise UserError(f"{where}: '{name}' is {record[name]!r:.40}: it must be text.")
-    return record[name]

@@ -11,21 +11,6 @@ from longlora.report.ways import Group, grouped
 from longlora.results import Change, LongPPL, Ruler, Short
 
 
-def ruler(models: Sequence[Model]) -> Content | None:
-    """Averages by context and the effective length; every task below them."""
-    return _section(models, Ruler, _ruler_group)
-
-
-def short(models: Sequence[Model]) -> Content | None:
-    """Before and after, with a verdict, for each model."""
-    return _section(models, Short, _short_group)
-
-
-def longppl(models: Sequence[Model]) -> Content | None:
-    """LongPPL beside perplexity."""
-    return _section(models, LongPPL, _longppl_group)
-
-
 def effective_length(found: Ruler) -> str:
     """In tokens, or below which context it lies; of how many tasks, where those are not all of the paper's thirteen."""
     tasks = len({cell.task for cell in found.results})
@@ -48,13 +33,6 @@ def named(row: Change) -> str:
 def is_good(row: Change) -> bool | None:
     """None where nothing changed, or no change is shown."""
     return True if row.verdict.startswith("improved") else False if row.verdict.startswith("regressed") else None
-
-
-def _section(
-    models: Sequence[Model], kind: type[Kind], draw: Callable[[Group[Kind]], dict[str, Any]]
-) -> Content | None:
-    done = [(model, found) for model in models if (found := model.of(kind))]
-    return {"groups": grouped(done, draw)} if done else None
 
 
 def _ruler_group(group: Group[Ruler]) -> dict[str, Any]:
@@ -136,3 +114,18 @@ def _longppl_group(group: Group[LongPPL]) -> dict[str, Any]:
         ],
         "own": own,
     }
+
+
+def _section(
+    kind: type[Kind], draw: Callable[[Group[Kind]], dict[str, Any]]
+) -> Callable[[Sequence[Model]], Content | None]:
+    """What `draw` makes of each group of models that were measured alike in that kind of result."""
+
+    def section(models: Sequence[Model]) -> Content | None:
+        done = [(model, found) for model in models if (found := model.of(kind))]
+        return {"groups": grouped(done, draw)} if done else None
+
+    return section
+
+
+ruler, short, longppl = _section(Ruler, _ruler_group), _section(Short, _short_group), _section(LongPPL, _longppl_group)

@@ -26,71 +26,62 @@ def _of_perplexity(run: Recorded) -> Finding:
     if trained is None:
         return _not_measured(run)
     far = trained.results[-1]
-    where = f"{wording.whole(far.context)} tokens"
+    where = f"{far.context:,} tokens"
     if not drawable(far.perplexity):
-        return Finding(
-            f"After training, perplexity on held-out text at {where} is {_value(far)}: this run did not work.",
-            ["Try a lower learning rate."],
-            good=False,
-        )
-    home = _home(run, base)
-    sentence = f"Perplexity on held-out text at {where} is {_value(far)} after training"
-    beyond = base.at(far.context) if base else None
-    if home and home.context < far.context:
-        own = "its own " if home.context == run.whole("positions", "original_context") else ""
-        sentence += f"; the base model has {_value(home)} at {own}{wording.whole(home.context)}"
-        sentence += f" and {_value(beyond)} at {wording.whole(far.context)}" if beyond else ""
-    elif beyond:
-        sentence += f"; the base model has {_value(beyond)} there"
+        sentence = f"After training, perplexity on held-out text at {where} is {_value(far)}: this run did not work."
+        return Finding(sentence, ["Try a lower learning rate."], good=False)
+    home, beyond = _home(run, base), base.at(far.context) if base else None
+    stretched, label = _stretched(run, far)
+    at_home = trained.at(home.context) if home else None
     verdicts, good = _judge(far, home if home and home.context < far.context else None, beyond)
-    stretched = _stretched(run, far)
-    against = change(far, stretched[0]) if stretched else None
-    if stretched and against and direction(against) >= 0:
+    against = change(far, stretched) if stretched else None
+    if against and direction(against) >= 0:
         verdict = "made it worse" if direction(against) else "made no difference"
-        verdicts.append(f"Against positions stretched alone ({stretched[1]}), training {verdict}.")
+        verdicts.append(f"Against positions stretched alone ({label}), training {verdict}.")
         good = None if good else good
     if run.context and far.context < run.context:
-        verdicts.append(
-            f"The model was trained for {wording.whole(run.context)} tokens; nothing was measured beyond {where}."
+        verdicts.append(f"The model was trained for {run.context:,} tokens; nothing was measured beyond {where}.")
+    own = "its own " if home and home.context == run.whole("positions", "original_context") else ""
+    others = [f"{_value(home)} at {own}{home.context:,}"] if home and home is not beyond else []
+    others += [f"{_value(beyond)} at {far.context:,}"] if beyond else []
+    has = f"; the base model has {' and '.join(others)}" if others else ""
+    decisive = [
+        _compared(f"gain at {where} over positions stretched alone ({label})", far, stretched),
+        _compared(f"gain at {where} over the base model", far, beyond),
+        _compared(f"gain at {where} over the base model in its own window", far, home if home is not beyond else None),
+        _compared("change in the old window", at_home, home if at_home is not far else None),
+        ("cost", _cost(run)),
+    ]
+    return Finding(
+        f"Perplexity on held-out text at {where} is {_value(far)} after training{has}.",
+        verdicts,
+        good,
+        [(name, told) for name, told in decisive if told],
+    )
+
+
+def _compared(name: str, one: Measured | None, other: Measured | None) -> tuple[str, str]:
+    """What a person decides by, under its name; nothing where one of the two was not measured."""
+    if one is None or other is None:
+        return name, ""
+    difference = change(one, other)
+    if difference is None:
+        return name, f"from {_value(other)}" + (
+            ", other text: not to be compared" if drawable(other.perplexity) else ""
         )
-    return Finding(sentence + ".", verdicts, good, _decisive(run, trained, far, home, beyond, stretched))
+    sure = "" if interval(difference) else "; no interval: one document, or an old file"
+    return name, f"perplexity {said(difference)}, from {_value(other)}{sure}"
 
 
-def _decisive(
-    run: Recorded,
-    trained: Perplexities,
-    far: Measured,
-    home: Measured | None,
-    beyond: Measured | None,
-    stretched: tuple[Measured, str] | None,
-) -> list[tuple[str, str]]:
-    """Gain at the new length, loss at the old, and the cost."""
-    there = f"at {wording.whole(far.context)} tokens"
-    pairs = [
-        (
-            f"gain {there} over positions stretched alone{f' ({stretched[1]})' if stretched else ''}",
-            far,
-            stretched[0] if stretched else None,
-        ),
-        (f"gain {there} over the base model", far, beyond),
-        (f"gain {there} over the base model in its own window", far, home),
-        ("change in the old window", trained.at(home.context) if home else None, home),
-    ]
-    found = []
-    for name, one, other in pairs:
-        if one and other and one is not other:
-            difference = change(one, other)
-            told = f"from {_value(other)}" + (", other text: not to be compared" if drawable(other.perplexity) else "")
-            if difference:
-                sure = "" if interval(difference) else "; no interval: one document, or an old file"
-                told = f"perplexity {said(difference)}, from {_value(other)}{sure}"
-            found.append((name, told))
-    cost = [
-        f"{wording.duration(seconds)}" if (seconds := run.number("training", "seconds")) else "",
-        f"{wording.whole(tokens)} tokens" if (tokens := run.whole("training", "tokens")) else "",
-        f"{wording.memory(size)} of memory" if (size := run.whole("training", "memory_bytes")) else "",
-    ]
-    return found + ([("cost", ", ".join(filter(None, cost)))] if any(cost) else [])
+def _cost(run: Recorded) -> str:
+    seconds, tokens = run.number("training", "seconds"), run.whole("training", "tokens")
+    size = run.whole("training", "memory_bytes")
+    found = (
+        wording.duration(seconds) if seconds else "",
+        f"{tokens:,} tokens" if tokens else "",
+        f"{wording.memory(size)} of memory" if size else "",
+    )
+    return ", ".join(filter(None, found))
 
 
 def _value(result: Measured) -> str:
@@ -124,14 +115,14 @@ def _judge(far: Measured, home: Measured | None, beyond: Measured | None) -> tup
     return [f"The model does not gain from the longer window: perplexity is {said(found)} than {there}."], False
 
 
-def _stretched(run: Recorded, far: Measured) -> tuple[Measured, str] | None:
+def _stretched(run: Recorded, far: Measured) -> tuple[Measured | None, str]:
     """The best of the models whose positions were stretched alone, and its name."""
     others = [
         (result, each.label)
         for each in run.perplexities
         if each.name.startswith("untrained") and (result := each.at(far.context)) and drawable(result.perplexity)
     ]
-    return min(others, key=lambda other: other[0].perplexity, default=None)
+    return min(others, key=lambda other: other[0].perplexity, default=(None, ""))
 
 
 def _not_measured(run: Recorded) -> Finding:

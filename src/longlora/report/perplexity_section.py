@@ -2,6 +2,7 @@
 for those that were measured in the same way.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -243,15 +244,12 @@ def _note(each: Perplexities, result: Measured) -> str:
 
 def _unbroken(results: Sequence[Measured]) -> list[list[Measured]]:
     """Runs of neighbours that a line may join: all of one text, and each with a place in the chart."""
-    runs: list[list[Measured]] = []
-    for text in _joined(results):
-        runs.append([])
-        for result in text:
-            if drawable(result.perplexity):
-                runs[-1].append(result)
-            elif runs[-1]:
-                runs.append([])
-    return [run for run in runs if run]
+    return [
+        list(run)
+        for text in _joined(results)
+        for has_a_place, run in itertools.groupby(text, lambda result: drawable(result.perplexity))
+        if has_a_place
+    ]
 
 
 def _joined(results: Sequence[Measured]) -> list[list[Measured]]:

@@ -67,42 +67,16 @@ def merge_command(run: Recorded) -> str:
     return f"longlora merge {shlex.quote(str(run.path))} --output MERGED"
 
 
-def python_snippet(run: Recorded) -> str | None:
-    """The adapter or full model of a run in stock transformers and PEFT.
+def loading(run: Recorded) -> dict[str, str] | None:
+    """The names in the Python that loads the result in stock transformers and PEFT, each as a string of Python.
 
     None where the adapter lies on another one, so that it has to be merged to be used without longlora.
     """
-    if not run.adapter:
-        return _plain_model(str(run.path / "model"))
-    base = str(run.adapter.get("base_model_name_or_path") or "")
+    base = str(run.adapter.get("base_model_name_or_path") or "BASE_MODEL") if run.adapter else ""
     if base and os.path.isfile(os.path.join(base, "adapter_config.json")):
         return None
-    classes, where, more = "AutoConfig, AutoModelForCausalLM, AutoTokenizer", _text(base or "BASE_MODEL"), ""
+    names = {"folder": str(run.path / ("adapter" if run.adapter else "model")), "base": base}
     if base.endswith(".gguf"):
-        classes, where = f"{classes}, GgufConfig", _text(str(Path(base).parent))
-        unpacked = "quantization_config=GgufConfig(dequantize=True)"
-        more = f", gguf_file={_text(Path(base).name)}, {unpacked}"
-    return (
-        "from peft import PeftModel\n"
-        f"from transformers import {classes}\n"
-        "\n"
-        f"adapter = {_text(str(run.path / 'adapter'))}\n"
-        "config = AutoConfig.from_pretrained(adapter)  # the longer positions\n"
-        f"model = AutoModelForCausalLM.from_pretrained({where}, config=config{more})\n"
-        "model = PeftModel.from_pretrained(model, adapter)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(adapter)\n"
-    )
-
-
-def _plain_model(folder: str) -> str:
-    return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "\n"
-        f"model = AutoModelForCausalLM.from_pretrained({_text(folder)})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({_text(folder)})\n"
-    )
-
-
-def _text(words: str) -> str:
-    """`words` as a Python string in double quotes (JSON's are the same but for what no path holds)."""
-    return json.dumps(words, ensure_ascii=False)
+        names |= {"base": str(Path(base).parent), "gguf": Path(base).name}
+    # JSON's strings are Python's, but for what no path holds
+    return {name: json.dumps(words, ensure_ascii=False) for name, words in names.items()}

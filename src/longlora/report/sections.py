@@ -85,7 +85,7 @@ def use_it(run: Recorded) -> Content:
     """The result in stock transformers and PEFT, and merged."""
     if not run.adapter and not (run.path / "model").is_dir():
         return "How to use the result: this run has no adapter/ or model/ yet."
-    return {"merge": recipe.merge_command(run), "snippet": recipe.python_snippet(run), "adapter": bool(run.adapter)}
+    return {"merge": recipe.merge_command(run), "loading": recipe.loading(run), "adapter": bool(run.adapter)}
 
 
 def settings(run: Recorded) -> Content:

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+from scipy.ndimage import uniform_filter1d
+
 from longlora.report import wording
 from longlora.report.axes import Axis, drawable, linear_axis, measured_axis, step_axis
 from longlora.report.charts import Line, Point, at_both_widths, line_chart
@@ -49,7 +51,7 @@ def training(run: Recorded) -> Content:
         "lost": lost,
         "rows": [
             (step, dict(loss).get(step), dict(held_out).get(step), dict(rate).get(step))
-            for step, _ in _some(loss or held_out)
+            for step, _ in _some(loss or held_out, 8)
         ],
         "other_rates": {_PARTS.get(name, name): value for name, value in rates.items() if value != first_rate},
     }
@@ -59,8 +61,8 @@ def _loss_chart(x: Axis, loss: Sequence[Recording], held_out: Sequence[Recording
     y = measured_axis("loss, nats a token", [value for _, value in [*loss, *held_out]])
     smooth = _smoothed(loss)
     lines = [
-        _curve(_thinned(loss), "tone-0", "faint" if smooth else "strong"),
-        _curve(_thinned(smooth), "tone-0", "strong"),
+        _curve(_some(loss, _MOST_POINTS), "tone-0", "faint" if smooth else "strong"),
+        _curve(_some(smooth, _MOST_POINTS), "tone-0", "strong"),
         _curve(held_out, "tone-2", "", dots=True, name="held-out text, step"),
     ]
     description = f"Training loss over {len(loss)} recorded steps."
@@ -73,12 +75,12 @@ def _loss_chart(x: Axis, loss: Sequence[Recording], held_out: Sequence[Recording
 def _rate_chart(x: Axis, rate: Sequence[Recording]) -> dict[str, str]:
     highest = max(value for _, value in rate)
     y = linear_axis("learning rate", 0, highest, ticks=2)
-    lines = [_curve(_thinned(rate), "tone-3", "")]
+    lines = [_curve(_some(rate, _MOST_POINTS), "tone-3", "")]
     description = f"Learning rate, at most {wording.plain(highest)}."
     return at_both_widths(lambda width: line_chart(lines, x, y, width=width, height=130, description=description))
 
 
-def _some(points: Sequence[Recording], most: int = 8) -> list[Recording]:
+def _some(points: Sequence[Recording], most: int) -> list[Recording]:
     """At most `most` of the points, evenly, the first and the last among them."""
     count = min(most, len(points))
     return [points[round(index * (len(points) - 1) / max(count - 1, 1))] for index in range(count)]
@@ -94,15 +96,8 @@ def _smoothed(points: Sequence[Recording]) -> list[Recording]:
     reach = len(points) // 30
     if not reach:
         return []
-    values = [value for _, value in points]
-    windows = ((index, values[max(0, index - reach) : index + reach + 1]) for index in range(len(points)))
-    return [(points[index][0], sum(window) / len(window)) for index, window in windows]
-
-
-def _thinned(points: Sequence[Recording]) -> Sequence[Recording]:
-    """At most about `_MOST_POINTS` of the points, evenly, the last among them."""
-    stride = math.ceil(len(points) / _MOST_POINTS) or 1
-    return points if stride == 1 else [*points[:-1:stride], points[-1]]
+    means = uniform_filter1d([value for _, value in points], 2 * reach + 1, mode="nearest").tolist()
+    return [(step, mean) for (step, _), mean in zip(points, means, strict=True)]
 
 
 def _rates(run: Recorded) -> dict[str, float]:
