@@ -11,14 +11,7 @@ from longlora.corpus.tokens import tokenize_corpus
 from longlora.evaluation import statistics
 from longlora.evaluation.loading import data_name, held_out, load_evaluated, stretching
 from longlora.evaluation.perplexity import default_contexts, perplexity, perplexity_report
-from longlora.evaluation.results import (
-    Document,
-    data_fingerprint,
-    evaluate_each,
-    evaluated_models,
-    keep,
-    trials_kept,
-)
+from longlora.evaluation.results import Document, data_fingerprint, evaluate_each, evaluated_models, trials_kept
 from longlora.evaluation.statistics import Estimate
 from longlora.evaluation.tables import result_table, shown, spread
 from longlora.model.lm_head import unwrapped
@@ -113,9 +106,8 @@ def _evaluate(name: str, settings: EvaluatePerplexitySettings, file: Path | None
     logger.info("perplexity of %s", label)
     with trials_kept(file, settings, about, "part", only_in_the_log={"stride": way.stride}) as log:
         results = perplexity(model, corpus, way, log=log, bos=first[0] if first else None)
-        document = {
+        return {
             **about,
             **perplexity_report(name, about["data"], way, results),
             "seconds": round(sum(record["seconds"] for record in log.records.values()), 1),
         }
-        return keep(document, file)

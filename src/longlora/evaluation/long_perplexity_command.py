@@ -13,14 +13,7 @@ from longlora.corpus.documents import read_documents
 from longlora.corpus.tokens import reading_of
 from longlora.evaluation.loading import data_name, held_out, load_evaluated, stretching
 from longlora.evaluation.long_perplexity import Places, find_key_places, long_enough, long_perplexity, with_lengths
-from longlora.evaluation.results import (
-    Document,
-    evaluate_each,
-    evaluated_models,
-    keep,
-    trials_kept,
-    weights_fingerprint,
-)
+from longlora.evaluation.results import Document, evaluate_each, evaluated_models, trials_kept, weights_fingerprint
 from longlora.evaluation.tables import shown
 from longlora.evaluation.trials import TrialLog
 from longlora.evaluation.windows import digest_of_texts
@@ -131,11 +124,10 @@ def _evaluate(judge: _Judge, name: str, settings: EvaluateLongPerplexitySettings
         if places is None:
             places = find_key_places(model, tokenizer, texts, lengths, log=log)
         result = long_perplexity(model, tokenizer, texts, places, lengths, log=log)
-        document = {
+        return {
             **about,
             "label": label,
             "dtype": str(unwrapped(model).dtype).removeprefix("torch."),
             "results": [asdict(result) | {"skipped_documents": skipped}],
             "seconds": round(sum(record["seconds"] for record in log.records.values()), 1),
         }
-        return keep(document, file)

@@ -103,7 +103,8 @@ def evaluate_each(
         TrialLog.refuse_to_drop(model.log(what), settings.resume)
     documents = []
     for model in models:
-        documents.append(evaluate(model.name, model.settings(settings), model.log(what)))
+        document = evaluate(model.name, model.settings(settings), model.log(what))
+        documents.append(_kept(document, model.log(what)))
         gc.collect()  # the weights of one model go before the next one's come
     if not settings.json and ranks.rank() == 0:
         print(
@@ -116,8 +117,8 @@ def evaluate_each(
     return documents[0] if len(documents) == 1 else {"models": documents}
 
 
-def keep(document: Document, file: Path | None) -> Document:
-    """`document`, which is written beside the trials in `file`."""
+def _kept(document: Document, file: Path | None) -> Document:
+    """`document` with the command line that made it, written beside the trials in `file`."""
     document = document | ({"command": [*command]} if (command := COMMAND.get()) else {})
     if file is not None and ranks.rank() == 0:
         write_whole(file.with_suffix(".json"), json.dumps(document, indent=1) + "\n")

@@ -24,7 +24,7 @@ from longlora.evaluation.generation import generate_each
 from longlora.evaluation.loading import Asked, whom_to_ask
 from longlora.evaluation.perplexity import check_positions
 from longlora.evaluation.prompting import PromptFormat
-from longlora.evaluation.results import Document, evaluate_each, keep, trials_kept
+from longlora.evaluation.results import Document, evaluate_each, trials_kept
 from longlora.evaluation.server import answers
 from longlora.evaluation.statistics import Estimate
 from longlora.evaluation.trials import Record, TrialLog
@@ -188,14 +188,13 @@ def _ask(task_name: str, make_task: MakeTask, name: str, settings: RetrievalSett
     with trials_kept(file, settings, about, "trial", trials) as log:
         _answer(asked, task, [question for question in questions if question.trial not in log.records], settings, log)
         records = {trial: log.records[trial] for trial in trials}
-        document = {
+        return {
             **about,
             "window": window(asked.config),
             "max_new_tokens": task.max_new_tokens,
             "seconds": round(sum(record["seconds"] for record in records.values()), 1),
             "results": summarize(task, records),
         }
-        return keep(document, file)
 
 
 def _questions_that_fit(task_name: str, task: Task) -> list[Question]:

@@ -13,7 +13,7 @@ from longlora.errors import UserError
 from longlora.evaluation import statistics
 from longlora.evaluation.loading import Asked, require_lm_eval, whom_to_ask
 from longlora.evaluation.perplexity import check_positions, default_contexts
-from longlora.evaluation.results import Document, evaluate_each, keep, trials_kept
+from longlora.evaluation.results import Document, evaluate_each, trials_kept
 from longlora.evaluation.retrieval import accuracy_changes, footing
 from longlora.evaluation.statistics import Estimate
 from longlora.evaluation.tables import result_table, shown
@@ -166,8 +166,7 @@ def _evaluate(name: str, settings: RulerSettings, file: Path | None) -> Document
                 left_out.append({"task": name_of_task, "context": context, "reason": str(error)})
             done += context
             bar.show(done, f"{name_of_task} at {context:,} tokens")
-    document = {**about, "window": window(config), **_summary(results, left_out, chat, settings)}
-    return keep(document, file)
+    return {**about, "window": window(config), **_summary(results, left_out, chat, settings)}
 
 
 def _summary(results: list[Cell], left_out: list[dict[str, Any]], chat: bool, settings: RulerSettings) -> Document:

@@ -22,7 +22,6 @@ from longlora.evaluation.results import (
     data_fingerprint,
     evaluate_each,
     in_words,
-    keep,
     trials_kept,
     weights_fingerprint,
 )
@@ -105,7 +104,7 @@ def evaluate_short(settings: EvaluateShortSettings) -> Document:
                 before[plan] = _measure(plan.baseline, "before", untouched, plan, corpus, tasks, log)
             after = _measure(name, "after", settings, plan, corpus, tasks, log)
             seconds = round(sum(record["seconds"] for record in log.records.values()), 1)
-            return keep({**about, **_compare(before[plan], after), "seconds": seconds}, file)
+            return {**about, **_compare(before[plan], after), "seconds": seconds}
 
     # each model has a baseline of its own, which is no further model with results of its own
     return evaluate_each("short", replace(settings, baseline=None), evaluate, short_tables)

@@ -9,7 +9,7 @@ from typing import Any
 
 from longlora.evaluation.loading import require_lm_eval, whom_to_ask
 from longlora.evaluation.perplexity import check_positions
-from longlora.evaluation.results import Document, evaluate_each, keep, trials_kept
+from longlora.evaluation.results import Document, evaluate_each, trials_kept
 from longlora.evaluation.retrieval import window_of
 from longlora.evaluation.tables import shown
 from longlora.settings import EvaluateTasksSettings
@@ -73,4 +73,4 @@ def _evaluate(name: str, settings: EvaluateTasksSettings, file: Path | None) -> 
         make = partial(for_lm_eval, asked, context, settings)
         rows = task_rows(make, loaded, settings.limit, log, chat=asked.form.chat, system=settings.system)
         seconds = round(sum(log.records[task]["seconds"] for task in settings.tasks), 1)
-        return keep({**about, "results": rows, "seconds": seconds}, file)
+        return {**about, "results": rows, "seconds": seconds}

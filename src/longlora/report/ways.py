@@ -21,36 +21,30 @@ UNSAID = ("fingerprint",)
 def way_of(document: Result) -> Way:
     """How the measurement was made, as far as others must have been made so too."""
     if isinstance(document, Retrieval):
-        counts = [cell.trials + cell.skipped for cell in document.results]
-        way = {"trials a square": spread(counts), **_prompts(document)}
+        way = {"trials a square": spread([cell.trials + cell.skipped for cell in document.results])}
+        way |= _prompts(document) | {"seed": document.seed}
         if document.task != "passkey":
-            return way | {"cases": joined(document.data) or "not said", "seed": document.seed or "–"}
-        every = document.interval
-        lengths = f"multiples of {every:,} tokens, as the original code estimates them" if every else "–"
-        return way | {"keys": document.keys or "–", "seed": document.seed or "–", "lengths": lengths}
-    if isinstance(document, Ruler):
-        return {
-            "average over": joined(document.average_over) or "no task",
-            "trials a task and length": str(document.trials or "–"),
-            "seed": document.seed or "–",
-            **_prompts(document),
-            "threshold": "–" if document.threshold is None else f"{100 * document.threshold:.1f}%",
-        }
-    text = {"text": joined(document.data) or "–", "fingerprint": document.data_fingerprint or "–"}
+            way["cases"] = joined(document.data) or "not said"
+        else:
+            lengths = f"multiples of {document.interval or 0:,} tokens, as the original code estimates them"
+            way |= {"keys": document.keys, "lengths": lengths if document.interval else ""}
+    elif isinstance(document, Ruler):
+        way = {"average over": joined(document.average_over) or "no task", "seed": document.seed, **_prompts(document)}
+        way |= {"trials a task and length": str(document.trials or "")}
+        way |= {"threshold": "" if document.threshold is None else f"{100 * document.threshold:.1f}%"}
+    else:
+        way = {"text": joined(document.data), "fingerprint": document.data_fingerprint}
     if isinstance(document, Short):
-        counts = sorted({row.documents for row in document.results})
-        way = {"baseline": document.baseline or "–", "stride": document.stride or "–", "score": document.score or "–"}
-        return text | way | ({"documents": spread(counts)} if counts else {})
-    assert isinstance(document, LongPPL)
-    row, short, stride = document.results[0], document.short_context, document.short_stride
-    return text | {
-        "context": f"{row.context:,} tokens",
-        "short context": f"{short:,} to {short + stride - 1:,} tokens" if short and stride else "–",
-        "key tokens": f"chosen by {document.evaluator}" if document.evaluator else "each model's own",
-        "alpha": document.alpha or "–",
-        "beta": document.beta or "–",
-        "tokens": whole(row.tokens),
-    }
+        way |= {"baseline": document.baseline, "stride": document.stride, "score": document.score}
+        if document.results:
+            way["documents"] = spread([row.documents for row in document.results])
+    elif isinstance(document, LongPPL):
+        row, short, stride = document.results[0], document.short_context, document.short_stride
+        way |= {"context": f"{row.context:,} tokens", "tokens": whole(row.tokens)}
+        way |= {"short context": f"{short:,} to {short + stride - 1:,} tokens" if short and stride else ""}
+        way |= {"key tokens": f"chosen by {document.evaluator}" if document.evaluator else "each model's own"}
+        way |= {"alpha": document.alpha, "beta": document.beta}
+    return {name: value or "–" for name, value in way.items()}
 
 
 def _prompts(document: Result) -> dict[str, str]:
