@@ -44,9 +44,9 @@ def shown(result: Result, key: str, digits: int, factor: float = 1) -> str:
     """
     if result[key] is None:
         return "–"
-    value, *ends = (result.get(name) for name in (key, "low", "high"))
-    between = "" if None in ends else f" ({'–'.join(f'{factor * end:.{digits}f}' for end in ends)})"
-    return f"{factor * value:.{digits}f}{between}"
+    ends = [f"{factor * result[end]:.{digits}f}" for end in ("low", "high") if result.get(end) is not None]
+    between = f" ({'–'.join(ends)})" if ends else ""
+    return f"{factor * result[key]:.{digits}f}{between}"
 
 
 def spread(counts: Sequence[int]) -> str:
