@@ -48,6 +48,20 @@ def test_a_sample_of_families_works_or_says_why(name, tmp_path):
     check(name, tmp_path, ("plan", "chat"))
 
 
+@pytest.mark.parametrize(
+    ("name", "commands"),
+    [
+        ("gemma3n_text", ("eval",)),  # widths in lists, a layer each
+        ("gemma4_text", ("eval",)),  # a config that refuses to be asked for all layers at once
+        ("llama4_text", ("eval",)),  # its get_decoder is the whole model
+        ("jetmoe", ("plan", "sft")),  # no gradient checkpointing
+        ("git", ("sft",)),  # attention of its own
+    ],
+)
+def test_families_that_are_unlike_others(name, commands, tmp_path):
+    check(name, tmp_path, commands)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("not config.getoption('-m')", reason="the whole sweep: an hour; pytest -m slow")
 @pytest.mark.parametrize("name", families.families())

@@ -102,6 +102,10 @@ class ForwardPass:
             "Use another decoder with rotary positions, such as Llama, Mistral, Qwen, Phi-3, GPT-NeoX, OLMo-2 or Gemma."
         )
 
+    def __radd__(self, _scores: object) -> Any:
+        """What a model asks for that computes attention by itself (GIT); raises as `dtype` does."""
+        return self.dtype
+
     def draw_for(self, state: ShiftedAttentionState, training: bool) -> Draw:
         """What this pass draws from. The first training layer that asks takes the model's next turn for it."""
         if self.draw is None:

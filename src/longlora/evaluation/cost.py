@@ -39,13 +39,11 @@ def announce(what: str, model: nn.Module, rows: Sequence[int], new_tokens: int =
     probe = torch.zeros(1, length, dtype=torch.long, device=device)
     labels = torch.full_like(probe, IGNORED)
     labels[0, -1] = 0
-    weights = sum(parameter.numel() for parameter in model.parameters())
+    weights, (width, _, _) = sum(parameter.numel() for parameter in model.parameters()), _widths(config)
 
     def work(tokens: int) -> float:
         """Multiply-adds of a row, roughly."""
-        heads, size = getattr(config, "num_attention_heads", 1), getattr(config, "head_dim", None)
-        size = size or config.hidden_size // heads
-        return tokens * (weights + config.num_hidden_layers * heads * size * tokens)
+        return tokens * (weights + config.num_hidden_layers * width * tokens)
 
     seconds = 0.0
     for _ in range(2):  # the first pass has memory to find and kernels to choose
@@ -86,12 +84,28 @@ def tokens_a_pass(model: nn.Module, length: int, cached: bool = False) -> int:
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     else:
         free, most = psutil.virtual_memory().available, CPU_TOKENS
-    heads = getattr(config, "num_attention_heads", 1)  # a state space model has none
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    numbers = 8 * config.hidden_size + 3 * inner + 3 * heads * size
+    width, key_width, inner = _widths(config)
+    numbers = 8 * config.hidden_size + 3 * inner + 3 * width
     if cached:
-        key_heads = getattr(config, "num_key_value_heads", None) or heads
-        numbers += 2 * config.num_hidden_layers * key_heads * size + length  # and a mask (length, length) a row
+        numbers += 2 * config.num_hidden_layers * key_width + length  # and a mask (length, length) a row
     bytes_a_token = numbers * unwrapped(model).dtype.itemsize
     return max(length, min(most, int(free / 2 / bytes_a_token)))
+
+
+def _widths(config: Any) -> tuple[int, int, int]:
+    """Numbers a token of queries, of keys, and inside the feed-forward part; of the widest layer where layers differ.
+
+    Their configs say so by lists (Gemma 3n), or by refusing to be asked for all layers at once (Gemma 4).
+    """
+
+    def widest(name: str) -> int | None:
+        layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+        found = [getattr(layer, name, None) for layer in layers]
+        return max(
+            (x for each in found for x in (each if isinstance(each, list | tuple) else [each]) if x), default=None
+        )
+
+    heads = widest("num_attention_heads") or 1  # a state space model has none
+    size = widest("head_dim") or config.hidden_size // heads
+    key_heads = widest("num_key_value_heads") or heads
+    return heads * size, key_heads * size, widest("intermediate_size") or 4 * config.hidden_size

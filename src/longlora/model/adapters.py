@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 import longlora.model.saving  # noqa: F401  (whoever saves these adapters, their positions go along)
 from longlora.errors import UserError, check_choice
+from longlora.model.lm_head import decoder_of
 from longlora.model.precision import keep_trainable_in_float32
 from longlora.settings import TRAINABLE, TrainableSettings, TrainingSettings
 
@@ -139,7 +140,7 @@ def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def _reached_by_text(model: nn.Module) -> dict[str, nn.Module]:
     """The modules, by full name, that a batch of text passes: the decoder's, and no vision or audio tower's."""
-    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    decoder = decoder_of(model) if isinstance(model, PreTrainedModel) else model
     place = next((name for name, module in model.named_modules() if module is decoder), "")
     return {
         name: module
@@ -198,7 +199,7 @@ def _full(model: PreTrainedModel) -> PreTrainedModel:
     if getattr(model, "is_quantized", False):
         raise UserError("a quantised model cannot be trained in full: load it unquantised, or train LoRA.")
     model.float()
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     if decoder is model.base_model:
         return model.requires_grad_(True)
     model.requires_grad_(False)

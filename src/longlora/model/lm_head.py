@@ -46,6 +46,14 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The decoder of a causal language model: what its `get_decoder` says, or where that is itself (Llama 4) the model
+    inside it."""
+    decoder = cast(nn.Module, model.get_decoder())
+    inside = [child for child in model.children() if isinstance(child, PreTrainedModel)] if decoder is model else []
+    return inside[0] if len(inside) == 1 else decoder
+
+
 def mixed_precision(
     modules: nn.Module, *dtypes: torch.dtype, device: torch.device | None = None
 ) -> AbstractContextManager:
@@ -268,7 +276,7 @@ def _run(model: nn.Module, inputs: Mapping[str, Any], read: Callable[[Tensor], R
             with torch.no_grad():
                 ours.append(_logits(base, hidden[:, -1:]))
 
-    handle = base.get_decoder().register_forward_hook(before_the_head)
+    handle = decoder_of(base).register_forward_hook(before_the_head)
     try:
         outputs = model(**inputs, use_cache=False, logits_to_keep=1)
     finally:

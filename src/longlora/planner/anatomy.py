@@ -126,6 +126,9 @@ class Anatomy:
     layer_tiles: bool
     """Whole layers can."""
 
+    checkpoints: bool
+    """Transformers has gradient checkpointing of it."""
+
     final_norm_operations: int
     layers: tuple[LayerShape, ...]
     trainees: Trainees

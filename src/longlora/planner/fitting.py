@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import combinations
 
 from longlora.errors import UserError
+from longlora.model.memory_saving.offloaded_activations import refuse_checkpointing
 from longlora.planner.anatomy import Anatomy
 from longlora.planner.layer_memory import Step
 from longlora.planner.memory import Memory, peak, step_memory
@@ -106,6 +107,7 @@ class Fit:
         without = {"base_bits"} if self.anatomy.trainees.whole or not self.anatomy.trainees.frozen_linear else set()
         without |= set() if self.anatomy.tiles else {"tiled_mlp"}
         without |= set() if self.anatomy.layer_tiles else {"layer_tiles"}
+        without |= set() if self.anatomy.checkpoints else {"gradient_checkpointing"}
         without |= {"shard"} if self.settings.gpus == 1 else set()
         return tuple(name for name in SWITCHES if name not in without)
 
@@ -164,7 +166,10 @@ class Fit:
 
 
 def refuse_what_cannot_be(anatomy: Anatomy, settings: PlanSettings) -> None:
-    """Raises UserError for a context or group that training would refuse."""
+    """Raises UserError for a context, group or switch that training would refuse."""
+    memory = settings.memory
+    asked = settings.training.gradient_checkpointing and not memory.layer_tile and memory.memory == "manual"
+    refuse_checkpointing(anatomy.architecture, anatomy.checkpoints, asked)
     context = settings.positions.context
     group = settings.attention.tokens_per_group(context)
     if group > context:

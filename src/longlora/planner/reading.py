@@ -75,6 +75,7 @@ def read_anatomy(config: PreTrainedConfig, trainable: TrainableSettings, trust_r
         written_out=bool(getattr(text, "attn_logit_softcapping", None)),
         tiles=_can(feedforward_modules, model),
         layer_tiles=_can(refuse_layer_tiles, model),
+        checkpoints=model.supports_gradient_checkpointing,
         final_norm_operations=sum(_norm_operations(norm, 1) for norm in norms.values() if id(norm) not in inside),
         layers=shapes,
         trainees=_trainees(model, trainable),

@@ -22,6 +22,7 @@ from longlora.model.adapters import trainable_summary
 from longlora.model.lm_head import unwrapped
 from longlora.model.loading import load
 from longlora.model.memory_saving.in_the_model import save_memory_in
+from longlora.model.memory_saving.offloaded_activations import refuse_checkpointing
 from longlora.model.precision import cpu_computes
 from longlora.model.sequence_parallel import refuse_sequence_parallel
 from longlora.model.stopping import stop_at_end_of_turn
@@ -115,7 +116,10 @@ def load_for_training(
         trainable=goes_on,
         merge=not goes_on,
     )
-    save_memory_in(unwrapped(model), settings.memory)
+    plain, memory = unwrapped(model), settings.memory
+    asked = settings.training.gradient_checkpointing and not memory.layer_tile
+    refuse_checkpointing(type(plain).__name__, plain.supports_gradient_checkpointing, asked)
+    save_memory_in(plain, memory)
     return model, tokenizer
 
 

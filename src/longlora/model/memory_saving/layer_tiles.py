@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from longlora.errors import UserError
 from longlora.model.adapters import norm_modules
+from longlora.model.lm_head import decoder_of
 from longlora.model.memory_saving import offloaded_activations
 from longlora.model.memory_saving.tiled_mlp import casts_of_its_own, decoder_layers, in_tiles
 from longlora.model.memory_saving.tiles import Row, Tile
@@ -227,7 +228,7 @@ def tile_layers(model: PreTrainedModel, tile: int, offload: bool = False) -> Non
         own = layer.forward.forward if isinstance(layer.forward, TiledLayer) else layer.forward
         layer.forward = TiledLayer(own, tile, offload)
     norms = norm_modules(model)
-    for child in model.get_decoder().children():
+    for child in decoder_of(model).children():
         if any(norm is part for norm in norms.values() for part in (child, getattr(child, "original_module", None))):
             in_tiles(child, tile)
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from longlora.errors import UserError
 from longlora.settings import MemorySettings
 
 
@@ -20,6 +21,12 @@ def checkpointing_arguments(gradient_checkpointing: bool, memory: MemorySettings
         "gradient_checkpointing": gradient_checkpointing and not memory.layer_tile,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} | offload,
     }
+
+
+def refuse_checkpointing(name: str, can: bool, asked: bool) -> None:
+    """Raises UserError where gradient checkpointing is `asked` of a model, called `name`, that has none."""
+    if asked and not can:
+        raise UserError(f"{name} has no gradient checkpointing in transformers: give --no-gradient-checkpointing.")
 
 
 def checkpoint_layers(model: nn.Module, offload: bool = False) -> None:

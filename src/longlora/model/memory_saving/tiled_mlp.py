@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from longlora.errors import UserError
+from longlora.model.lm_head import decoder_of
 
 NAMES = ("mlp", "feed_forward", "feedforward", "ffn")
 """What families call the feed-forward part of a layer."""
@@ -106,7 +107,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         UserError: they are not in one list.
     """
     count = model.config.get_text_config().num_hidden_layers
-    for module in model.get_decoder().children():
+    for module in decoder_of(model).children():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise UserError(f"{type(model).__name__} does not keep its {count} layers in one list: its layers cannot be told.")
