@@ -46,7 +46,9 @@ def command(base_folder, documents, output, **changes):
         "lr": "1e-2",
         "warmup-steps": 1,
         "dtype": "float32",
-        "stride": 64,
+        "contexts": 256,
+        "stride": 128,
+        "evaluation-tokens": 2048,
         "save-every": 2,
     } | {name.replace("_", "-"): value for name, value in changes.items()}
     words = ["extend", str(base_folder)]
@@ -57,7 +59,7 @@ def command(base_folder, documents, output, **changes):
 
 def test_a_run_holds_everything_a_user_relies_on(base_folder, documents, tmp_path, capsys):
     run = tmp_path / "run"
-    main([*command(base_folder, documents, run), "--json"])
+    main([*command(base_folder, documents, run, contexts="64,128,256", stride=64), "--json"])
     out = capsys.readouterr()
     summary = json.loads(out.out)
     assert summary["positions"]["factor"] == 4.0
@@ -79,23 +81,11 @@ def test_a_run_holds_everything_a_user_relies_on(base_folder, documents, tmp_pat
     checkpoint = json.loads((run / "checkpoint-4" / "config.json").read_text())
     assert checkpoint["rope_parameters"] == config["rope_parameters"]
 
-    main(["eval", "perplexity", str(run), "--data", str(documents), "--contexts", "256", "--stride", "64", "--json"])
+    read = ["--data", str(documents / "00.txt"), "--stride", "64", "--json", "--contexts"]
+    main(["eval", "perplexity", str(run), *read, "256"])
     assert json.loads(capsys.readouterr().out)["results"][0]["context"] == 256
     main(["merge", str(run), "--output", str(tmp_path / "merged")])
-    main(
-        [
-            "eval",
-            "perplexity",
-            str(tmp_path / "merged"),
-            "--data",
-            str(documents),
-            "--contexts",
-            "64",
-            "--json",
-            "--stride",
-            "64",
-        ]
-    )
+    main(["eval", "perplexity", str(tmp_path / "merged"), *read, "64"])
 
 
 def test_full_fine_tuning_saves_a_model(base_folder, documents, tmp_path):
@@ -246,7 +236,7 @@ def failing(words, capsys):
         ({"data": None}, "--data is missing"),
         ({"batch": 3, "device_batch": 2}, "--batch is 3: it must be a multiple"),
         ({"steps": 0}, "--steps is 0"),
-        ({"stride": 128, "contexts": "64,256"}, "--stride is 128"),
+        ({"contexts": "64,256"}, "--stride is 128"),
         ({"train": "lora", "norm_lr": "1e-3"}, "--norm-lr is 0.001 but 'norm' does not train"),
         ({"report_to": "tensorbord"}, "--report-to names 'tensorbord', which is not installed here"),
         ({"lr": "fast"}, "fast"),
@@ -393,7 +383,7 @@ def test_a_killed_run_does_not_measure_again(base_folder, documents, tmp_path, m
 
     monkeypatch.setattr(perplexity, "TOKENS_A_TRIAL", 256)
     monkeypatch.setattr(perplexity, "_score_batch", counted)
-    words = command(base_folder, documents, run, steps=1)
+    words = command(base_folder, documents, run, steps=1, stride=64, evaluation_tokens=None)
     with pytest.raises(SystemExit, match="130"):
         main(words)
     main([*words, "--resume"])

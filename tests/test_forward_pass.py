@@ -170,20 +170,28 @@ def test_transformers_own_call_has_the_last_word():
     assert torch.equal(plain(**inputs, use_cache=False).logits, shifted)
 
 
-@pytest.mark.parametrize("first", ["import longlora", "import transformers.modeling_utils; import longlora"])
-def test_importing_longlora_is_enough_for_transformers_to_know_the_name(first, tmp_path, tiny_model):
+def test_importing_longlora_is_enough_for_transformers_to_know_the_name(tmp_path, tiny_model):
+    """Imported before transformers, and after."""
     tiny_model("llama").save_pretrained(tmp_path)
     script = f"""
 import sys
-{first}
+import longlora
 assert "torch" in sys.modules or "longlora.attention" not in sys.modules
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, attn_implementation="s2_attn").train()
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 import torch
 ids = torch.arange(40)[None]
-named = model(ids, use_cache=False).logits
-assert torch.equal(named, longlora.use_shifted_attention(model, 16)(ids, use_cache=False).logits)
-assert not torch.equal(named, model.eval()(ids).logits)
+for _ in range(2):
+    model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, attn_implementation="s2_attn").train()
+    named = model(ids, use_cache=False).logits
+    assert torch.equal(named, longlora.use_shifted_attention(model, 16)(ids, use_cache=False).logits)
+    assert not torch.equal(named, model.eval()(ids).logits)
+    for name in [name for name in sys.modules if name.startswith("longlora")]:
+        del sys.modules[name]
+    for known in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        known._global_mapping.pop("s2_attn")
+    import longlora
 """
     subprocess.run([sys.executable, "-c", script], check=True)
 

@@ -1,6 +1,7 @@
 """The house itself: quick help, imports that run one way, and a README, recipes, pins and wheel that tell the truth."""
 
 import ast
+import functools
 import graphlib
 import importlib.metadata
 import io
@@ -33,6 +34,7 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
+@functools.cache
 def imported_names(name: str) -> set[str]:
     """Every module that the module `name` imports, at its top or inside a function, but not for type checking alone."""
     found: set[str] = set()
@@ -73,7 +75,7 @@ def processor_seconds_of_children() -> float:
 
 def test_help_answers_at_once():
     seconds = []
-    for _ in range(5):  # the processor's seconds, and the least of five: the machine may be busy with something else
+    for _ in range(3):  # the processor's seconds, and the least of three: the machine may be busy with something else
         before = processor_seconds_of_children()
         answer = run_python("from longlora.cli import main; sys.exit(main())", "--help")
         seconds.append(processor_seconds_of_children() - before)
