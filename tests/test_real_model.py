@@ -7,7 +7,7 @@ import pytest
 from longlora.errors import UserError
 from longlora.reproduction import real_model as study
 from longlora.reproduction.command import reproduce
-from longlora.settings import ExtendSettings, PositionSettings, ReproduceSettings
+from longlora.settings import CorpusSettings, ExtendSettings, PositionSettings, ReproduceSettings
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,8 @@ def test_what_time_did_not_allow_is_named(documents, tmp_path, small):
 
 def test_the_arms_are_what_they_say():
     known = study.arms(60)
-    base = ExtendSettings(model="demo", output="x", positions=PositionSettings(context=16384))
+    positions, corpus = PositionSettings(context=16384), CorpusSettings(data=("stdlib",))
+    base = ExtendSettings(model="demo", output="x", positions=positions, corpus=corpus)
     trained = {name: arm.cell(base, 0).settings.attention for name, arm in known.items() if arm.trained}
     assert known["yarn-full-pairs"].steps == pytest.approx(1 / 3 + 2 / 3 / 4)
     assert trained["ntk-best-last"].full_attention_steps == 6
