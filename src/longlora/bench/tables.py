@@ -54,14 +54,16 @@ def step_table(document: dict[str, Any]) -> str:
     said = []
     for result in document["results"]:
         place = [f"{result['context']:,}", f"{result['group_size']:,}"]
-        grid += [[_way(name, document), *place, *_step_cells(cost)] for name, cost in result["ways"].items()]
+        named = SAYS | {"s2": document["pattern"]}
+        grid += [[named[name], *place, *_step_cells(cost)] for name, cost in result["ways"].items()]
         said += [f"{result['context']:,} tokens: {each}" for each in _step_sentences(result, document["pattern"])]
     checkpointing = "gradient checkpointing" if document["gradient_checkpointing"] else "no gradient checkpointing"
+    layers, rows = f"{document['layers']} of {document['of_layers']} layers", document["rows"]
     return "\n".join(
         [
             f"{document['hardware']}; torch {document['torch']}, transformers {document['transformers']}",
-            f"{document['model']}, {_layers(document)}, random weights, {document['dtype']}, {checkpointing}; training "
-            f"{', '.join(document['trainable'])}; {_rows(document)}, one optimiser step; medians of "
+            f"{document['model']}, {layers}, random weights, {document['dtype']}, {checkpointing}; training "
+            f"{', '.join(document['trainable'])}; {rows} row{'s' * (rows > 1)}, one optimiser step; medians of "
             f"{document['repeats']} rounds, one after the other in each",
             "",
             aligned(grid),
@@ -102,18 +104,5 @@ def _step_sentences(result: dict[str, Any], pattern: str) -> Iterator[str]:
     )
 
 
-def _way(name: str, document: dict[str, Any]) -> str:
-    return SAYS.get(name, document["pattern"])
-
-
 def _mebibytes(count: int | None) -> str:
     return "–" if count is None else f"{count / 2**20:,.1f} MiB"
-
-
-def _layers(document: dict[str, Any]) -> str:
-    layers, of_layers = document["layers"], document["of_layers"]
-    return f"{layers} layers" if layers == of_layers else f"{layers} of {of_layers} layers"
-
-
-def _rows(document: dict[str, Any]) -> str:
-    return f"{document['rows']} row{'s' if document['rows'] > 1 else ''}"

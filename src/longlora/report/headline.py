@@ -37,34 +37,31 @@ def _perplexity(models: Sequence[Model]) -> str:
         return ""
     far = max(shared)
 
-    def result(curve: Curve) -> Measured:
+    def at_far(curve: Curve) -> Measured:
         found = curve.measured.at(far)
         assert found is not None
         return found
 
-    def at_far(curve: Curve) -> float:
-        return result(curve).perplexity
+    def value(curve: Curve) -> float:
+        return at_far(curve).perplexity
 
-    def value(curve: Curve) -> str:
-        return f"{wording.perplexity(at_far(curve))} for {curve.measured.label}"
-
-    about.sort(key=at_far)
-    sentence = f"Perplexity at {far:,} tokens: {wording.listed([value(curve) for curve in about])}"
+    about.sort(key=value)
+    values = [f"{wording.perplexity(value(curve))} for {curve.measured.label}" for curve in about]
+    sentence = f"Perplexity at {far:,} tokens: {wording.listed(values)}"
     # of what the runs began with, and of that stretched in several ways, the best is the one to beat
-    for stretched, what in (
-        (False, "for what they were made from"),
-        (True, "for that with stretched positions, not trained"),
+    for kind, what in (
+        ([curve for curve in group if curve.is_base], "for what they were made from"),
+        ([curve for curve in group if curve.is_stretched], "for that with stretched positions, not trained"),
     ):
-        others = [c for c in group if not c.is_compared and c.stretched is stretched and c.measured.at(far)]
-        if others:
-            beaten = min(others, key=at_far)
-            sentence += f"; {wording.perplexity(at_far(beaten))} {what}"
-            found = change(result(about[0]), result(beaten))
+        if others := [curve for curve in kind if curve.measured.at(far)]:
+            beaten = min(others, key=value)
+            sentence += f"; {wording.perplexity(value(beaten))} {what}"
+            found = change(at_far(about[0]), at_far(beaten))
             if found and found.low is not None:
                 sentence += f", than which {about[0].measured.label} is {said(found)}"
     if len(about) > 1:
         best, second = about[:2]
-        found = change(result(second), result(best))
+        found = change(at_far(second), at_far(best))
         if found and found.low is None:
             sentence += ". No file has an interval: small differences are not judged" if direction(found) == 0 else ""
         elif found:

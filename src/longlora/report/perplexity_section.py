@@ -34,15 +34,23 @@ class Curve:
     measured: Perplexities
     """With a label of its own."""
     model: Model | None
-    """Whose it is; None for what runs began with, which several may share."""
-    stretched: bool = False
-    """Of what a run began with: whether its positions were stretched, without training."""
+    """Whose it is; None for what a run was measured beside, which several may share."""
     tone: str = BASE_TONE
 
     @property
     def is_compared(self) -> bool:
         """Whether it is of a model that the page is about, not of what they are compared with."""
         return self.model is not None and not self.model.is_baseline
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it is of what models were made from, as it was."""
+        return self.model.is_baseline if self.model else self.measured.name == "base"
+
+    @property
+    def is_stretched(self) -> bool:
+        """Whether it is of that with stretched positions, not trained."""
+        return self.model is None and self.measured.name.startswith("untrained")
 
 
 def perplexity(models: Sequence[Model]) -> Content | None:
@@ -97,20 +105,20 @@ def _of_run(model: Model, measured: Perplexities) -> Curve:
         return Curve(replace(measured, label=model.name), model)
     base = str(model.run.settings.get("model") or "the base model")
     said = "as it was" if measured.name == "base" else measured.label
-    return Curve(replace(measured, label=f"{base}, {said}"), None, stretched=measured.name != "base")
+    return Curve(replace(measured, label=f"{base}, {said}"), None)
 
 
 def _toned(found: Sequence[Curve]) -> list[Curve]:
-    """Each model in a colour of its own, what it began with in grey, that with stretched positions dashed."""
+    """Each model in a colour of its own and then what else there is, what they began with in grey, stretched dashed."""
 
     def key(curve: Curve) -> str:
         return curve.model.path if curve.model else curve.measured.label
 
-    coloured = [curve for curve in found if curve.is_compared] + [curve for curve in found if curve.stretched]
+    coloured = sorted((curve for curve in found if not curve.is_base), key=lambda curve: not curve.is_compared)
     places = {name: place for place, name in enumerate(dict.fromkeys(map(key, coloured)))}
     tones = {name: f"tone-{TONES[place % len(TONES)]}" for name, place in places.items()}
     return [
-        replace(curve, tone=tones.get(key(curve), BASE_TONE) + (" dashed" if curve.stretched else ""))
+        replace(curve, tone=tones.get(key(curve), BASE_TONE) + (" dashed" if curve.is_stretched else ""))
         for curve in found
     ]
 
