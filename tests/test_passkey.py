@@ -1,10 +1,9 @@
 """Passkey: the original's prompts to the letter, the grid filled to the token, scoring, resuming, and the command."""
 
 import json
+import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -12,6 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from several_processes import start as start_processes
+from several_processes import wait
 from tiny_runs import make_run, save_base
 
 from longlora.cli import main
@@ -468,15 +469,13 @@ def test_results_of_a_run_go_into_it_and_several_models_beside_each_other(learne
 def test_a_process_killed_for_good_leaves_whole_lines(tmp_path, capsys, caplog):
     """The command itself, killed by signal 9 while it works."""
     words = ["eval", "passkey", "demo", "--contexts", "300,512", "--trials", "4", "--evaluation-batch", "1"]
-    words += ["--output", str(tmp_path), "--json"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "longlora", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    log = tmp_path / "passkey.jsonl"
-    while process.poll() is None and not (log.exists() and len(log.read_bytes().splitlines()) > 5):
+    words += ["--output", str(tmp_path / "out"), "--json"]
+    (process,) = start_processes(1, lambda: main(words), tmp_path / "said")
+    log, until = tmp_path / "out" / "passkey.jsonl", time.monotonic() + 120
+    while time.monotonic() < until and not (log.exists() and len(log.read_bytes().splitlines()) > 5):
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(process, signal.SIGKILL)
+    assert wait([process], 10) == [-signal.SIGKILL]
     kept = len(log.read_bytes().splitlines()) - 2
     assert 4 <= kept < 40
     main([*words, "--resume"])
