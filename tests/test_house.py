@@ -6,9 +6,11 @@ import graphlib
 import importlib.metadata
 import io
 import itertools
+import os
 import re
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -332,6 +334,28 @@ def test_the_wheel_holds_everything_and_is_small(tmp_path):
     assert "longlora/assets/demo_model/model.safetensors" in packed
     assert any(name.startswith("longlora/report/") and name.endswith((".html", ".j2")) for name in packed)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in packed)
+
+
+@pytest.mark.parametrize(("reason", "status"), [("lm_eval is not installed", 1), ("no GPU here", 0)])
+def test_a_skipped_test_fails_the_check_where_a_package_is_missing(tmp_path, reason, status):
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "test_it.py").write_text(f"import pytest\ndef test_it():\n    pytest.skip({reason!r})\n")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(tmp_path),
+        str(tmp_path),
+    ]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    environment["LONGLORA_NOTHING_MISSING"] = "1"
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
+    assert done.returncode == status, done.stdout
+    assert ("nothing may be" in done.stdout) == bool(status)
 
 
 # ---------------------------------------------------------------------------------------------------- what git holds
