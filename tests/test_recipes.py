@@ -46,6 +46,7 @@ def test_there_are_recipes_for_the_papers_runs_and_for_those_with_less():
         "llama2-70b-32k",
         "llama3.1-8b",
         "qwen3-8b",
+        "smollm2-135m-16k",
         "smollm2-135m-32k",
         "tiny-demo",
         "sft-llama2-7b-16k",
