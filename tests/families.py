@@ -99,6 +99,7 @@ OF_ONE: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
     "gpt_neo": {"num_layers": 6, "attention_types": [[["global", "local"], 3]]},
     "gpt_oss": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+    "mimo_v2_flash": {"head_dim": 24, "swa_head_dim": 24},
     "zaya": {"num_experts_per_tok": 1},
 }
 """What only some families take."""

@@ -54,6 +54,7 @@ def test_a_sample_of_families_works_or_says_why(name, tmp_path):
         ("gemma3n_text", ("eval",)),  # widths in lists, a layer each
         ("gemma4_text", ("eval",)),  # a config that refuses to be asked for all layers at once
         ("llama4_text", ("eval",)),  # its get_decoder is the whole model
+        ("modernbert-decoder", ("eval",)),  # and its is the head
         ("jetmoe", ("plan", "sft")),  # no gradient checkpointing
         ("git", ("sft",)),  # attention of its own
     ],

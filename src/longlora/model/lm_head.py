@@ -47,11 +47,11 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The decoder of a causal language model: what its `get_decoder` says, or where that is itself (Llama 4) the model
-    inside it."""
+    """The decoder of a causal language model: what its `get_decoder` says, or where that is the model itself (Llama 4)
+    or its head (ModernBERT), the model inside it."""
     decoder = cast(nn.Module, model.get_decoder())
-    inside = [child for child in model.children() if isinstance(child, PreTrainedModel)] if decoder is model else []
-    return inside[0] if len(inside) == 1 else decoder
+    inside = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    return inside[0] if len(inside) == 1 and decoder in (model, model.get_output_embeddings()) else decoder
 
 
 def mixed_precision(
