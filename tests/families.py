@@ -99,6 +99,7 @@ OF_ONE: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
     "gpt_neo": {"num_layers": 6, "attention_types": [[["global", "local"], 3]]},
     "gpt_oss": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+    "ministral3": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
     "mimo_v2_flash": {"head_dim": 24, "swa_head_dim": 24},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -219,8 +220,9 @@ def table(rows: dict[str, dict[str, str] | None], versions: str) -> str:
         if answer is None or answer == "yes":
             return "–" if answer is None else "yes"
         sentence = re.sub(r"[^\s']*/tmp\w*/base", "MODEL", answer)
-        sentence = re.sub(rf"\b(an? )?{family}(_text)?\b", "the", sentence)  # so that families share a sentence
-        sentence = re.sub(r"\b\w+(For\w+|LMHead\w*|HeadModel|Model)\b", "the model", sentence)
+        # so that families share a sentence
+        sentence = re.sub(rf"\b(an? |the |this )?{family}\w* (model|config)\b", r"the \2", sentence)
+        sentence = re.sub(r"\b(an? )?\w+(For\w+|LMHeadModel)\b", "the model", sentence)
         if sentence not in notes:
             notes.append(sentence)
         return f"no [{notes.index(sentence) + 1}]"
@@ -267,7 +269,7 @@ if __name__ == "__main__":
     done.parent.mkdir(exist_ok=True)
     lines = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
     found: dict[str, dict[str, str] | None] = dict(lines)
-    for family, answers in sweep(sys.argv[1:] or [name for name in families() if name not in found], seconds=300):
+    for family, answers in sweep(sys.argv[1:] or [name for name in families() if name not in found], seconds=1200):
         found[family] = answers
         with done.open("a") as rows:
             rows.write(json.dumps([family, answers]) + "\n")

@@ -56,6 +56,7 @@ def test_a_sample_of_families_works_or_says_why(name, tmp_path):
         ("llama4_text", ("eval",)),  # its get_decoder is the whole model
         ("modernbert-decoder", ("eval",)),  # and its is the head
         ("jetmoe", ("plan", "sft")),  # no gradient checkpointing
+        ("doge", ("plan", "extend")),  # it changes the mask itself
         ("git", ("sft",)),  # attention of its own
     ],
 )

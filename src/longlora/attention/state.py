@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -72,6 +72,13 @@ class ShiftedAttentionState:
         return plan(*sizes, self.pattern, ordinal, self.options, drawn, piece=piece)
 
 
+def refuse_changed_masks() -> NoReturn:
+    raise UserError(
+        "this model's own code changes the attention mask, which S2-Attn does without: it cannot serve the model. "
+        "Use another decoder with rotary positions, such as Llama, Mistral, Qwen, Phi-3, GPT-NeoX, OLMo-2 or Gemma."
+    )
+
+
 @dataclass(eq=False)
 class ForwardPass:
     """What the layers of one forward pass share. It stands where transformers hands a mask to every layer.
@@ -92,19 +99,12 @@ class ForwardPass:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What a model asks for that works on the mask itself before attention gets it (Doge).
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(
-            "this model's own code changes the attention mask, which S2-Attn does without: it cannot serve the model. "
-            "Use another decoder with rotary positions, such as Llama, Mistral, Qwen, Phi-3, GPT-NeoX, OLMo-2 or Gemma."
-        )
+        """What a model asks for that works on the mask itself before attention gets it; raises UserError."""
+        refuse_changed_masks()
 
     def __radd__(self, _scores: object) -> Any:
-        """What a model asks for that computes attention by itself (GIT); raises as `dtype` does."""
-        return self.dtype
+        """What a model asks for that computes attention by itself (GIT); raises UserError."""
+        refuse_changed_masks()
 
     def draw_for(self, state: ShiftedAttentionState, training: bool) -> Draw:
         """What this pass draws from. The first training layer that asks takes the model's next turn for it."""

@@ -17,7 +17,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from longlora.attention.backends import check_backend
 from longlora.attention.kernels import Scoring
 from longlora.attention.patterns import FIRST_DRAW, PLAIN, Draw, warn_of_leak
-from longlora.attention.state import ForwardPass, LayerCall, ShiftedAttentionState, layer_attention
+from longlora.attention.state import (
+    ForwardPass,
+    LayerCall,
+    ShiftedAttentionState,
+    layer_attention,
+    refuse_changed_masks,
+)
 from longlora.errors import UserError, check_choice
 from longlora.model.pieces import piece_at_work
 from longlora.model.positions import window
@@ -190,6 +196,8 @@ def _check_served(model: PreTrainedModel) -> None:
             "ALiBi such as Bloom, MPT and Falcon do not): S2-Attn cannot serve it. Use a decoder with rotary positions "
             "such as Llama, Mistral, Qwen, Phi-3, GPT-NeoX, OLMo-2 or Gemma."
         )
+    if any(hasattr(module, "prepare_dynamic_mask") for module in model.modules()):  # Doge
+        refuse_changed_masks()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     unknown = kinds - {"full_attention", "sliding_attention", "linear_attention"}
     if unknown:
