@@ -98,12 +98,13 @@ OF_ONE: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
     "gpt_neo": {"num_layers": 6, "attention_types": [[["global", "local"], 3]]},
-    "gpt_oss": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
-    "ministral3": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
     "mimo_v2_flash": {"head_dim": 24, "swa_head_dim": 24},
     "zaya": {"num_experts_per_tok": 1},
 }
 """What only some families take."""
+
+OWN_WORDS = "## Other versions"
+"""What stands in the document from here on is written by hand."""
 
 LARGEST = 16_000_000
 """Parameters above which a family is not tiny whatever is asked: its config has sizes of its own names."""
@@ -127,7 +128,12 @@ def families() -> list[str]:
 
 
 def of_sizes(known: Any, sizes: dict[str, Any]) -> dict[str, Any]:
-    return {name: size for name, size in sizes.items() if hasattr(known, name)}
+    found = {name: size for name, size in sizes.items() if hasattr(known, name)}
+    rope = getattr(known, "rope_parameters", None) or {}
+    if "original_max_position_embeddings" in rope:  # else the window would be a large model's
+        own = {"factor": 4.0, "original_max_position_embeddings": WINDOW // 4, "max_position_embeddings": WINDOW}
+        found["rope_parameters"] = rope | {name: size for name, size in own.items() if name in rope}
+    return found
 
 
 def build(model_type: str) -> Any | None:
@@ -212,8 +218,8 @@ def one_family(name: str, answers: Any) -> None:
         answers.send(commands_of(model, Path(folder)) if model is not None else None)
 
 
-def table(rows: dict[str, dict[str, str] | None], versions: str) -> str:
-    """docs/models.md."""
+def table(rows: dict[str, dict[str, str] | None], versions: str, own_words: str) -> str:
+    """docs/models.md, which ends with `own_words`."""
     notes: list[str] = []
 
     def cell(family: str, answer: str | None) -> str:
@@ -223,6 +229,7 @@ def table(rows: dict[str, dict[str, str] | None], versions: str) -> str:
         # so that families share a sentence
         sentence = re.sub(rf"\b(an? |the |this )?{family}\w* (model|config)\b", r"the \2", sentence)
         sentence = re.sub(r"\b(an? )?\w+(For\w+|LMHeadModel)\b", "the model", sentence)
+        sentence = re.sub(r" \(up to \S+\) differ by up to \S+ from", " differ from", sentence)
         if sentence not in notes:
             notes.append(sentence)
         return f"no [{notes.index(sentence) + 1}]"
@@ -241,14 +248,6 @@ def table(rows: dict[str, dict[str, str] | None], versions: str) -> str:
             "transformers' own table names, and what each command does with them. A `no` is a sentence and exit status",
             "2; `–` was not tried: the run it needs was refused, or (no `eval`) only `plan` and `chat` were.",
             "",
-            "With transformers 5.17.0 (torch 2.13.0) the sample of the suite and the ways in which chat reads passed,",
-            "2026-11-28: RecurrentGemma is read anew for every token there. With transformers 5.17.0 and torch",
-            "2.11.0 (its CUDA build, on a machine without a GPU), the same day:",
-            "`tests/test_transformers_backend.py`, `tests/test_attention.py` and",
-            "`tests/test_attention_backends.py` passed, and every command worked or refused in a sentence with",
-            "Llama, Gemma 3, Qwen3-Next, Phi-3, DeepSeek-V3, OLMo hybrid and Mamba; Bamba was not through after",
-            "300 s on a busy machine.",
-            "",
             *lines,
             "",
             *(f"{number}. {note}" for number, note in enumerate(notes, start=1)),
@@ -257,6 +256,7 @@ def table(rows: dict[str, dict[str, str] | None], versions: str) -> str:
             "",
             f"Not reached when this was written: {left or 'none'}.",
             "",
+            own_words,
         ]
     )
 
@@ -274,4 +274,6 @@ if __name__ == "__main__":
         with done.open("a") as rows:
             rows.write(json.dumps([family, answers]) + "\n")
         print(family, json.dumps(answers), file=sys.stderr, flush=True)
-    Path("docs/models.md").write_text(table(dict(sorted(found.items())), versions), encoding="utf-8")
+    document = Path("docs/models.md")
+    own_words = "".join(document.read_text(encoding="utf-8").partition(OWN_WORDS)[1:])
+    document.write_text(table(dict(sorted(found.items())), versions, own_words), encoding="utf-8")

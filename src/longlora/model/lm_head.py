@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
 from longlora.errors import UserError
-from longlora.model.memory_saving.liger_loss import liger_loss
+from longlora.model.memory_saving.liger_loss import liger_loss, logit_cap
 
 IGNORED = -100
 """Label of a token that is not scored (torch's and transformers' convention)."""
@@ -363,6 +363,6 @@ def _post_process(config: PretrainedConfig, logits: Tensor) -> Tensor:
         logits = logits * scale
     if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
         logits = logits / scaling
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2 and later
+    if (cap := logit_cap(config)) is not None:
         logits = torch.tanh(logits / cap) * cap
     return logits

@@ -11,7 +11,7 @@ import logging
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from longlora.errors import UserError
 
@@ -81,7 +81,7 @@ def liger_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor, chunk: in
 
     head = plain_head(model)
     assert head is not None, "asked why_not_liger before"
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    cap = logit_cap(model.config.get_text_config())
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
     weight, bias = (part if part is None or dtype is None else part.to(dtype) for part in (head.weight, head.bias))
     hidden = hidden.to(weight.dtype)
@@ -95,3 +95,8 @@ def liger_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor, chunk: in
         for part, wanted in zip(hidden.split(chunk * pieces), labels.split(chunk * pieces), strict=True)
     ]
     return torch.stack(losses).sum()
+
+
+def logit_cap(config: PreTrainedConfig) -> float | None:
+    """What logits are capped at (Gemma 2 and later; RecurrentGemma by a name of its own)."""
+    return getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
