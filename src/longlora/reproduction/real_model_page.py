@@ -61,13 +61,18 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
 def page_text(document: Mapping[str, Any]) -> str:
     """The study as a Markdown page."""
     libraries = ", ".join(f"{name} {document['versions'][name]}" for name in ("torch", "transformers", "peft"))
+    training = "Nothing is trained yet"
+    if any(entry["training"] for entry in document["arms"]):
+        training = (
+            f"Trained on {document['rows']:,} rows of {document['context']:,} tokens from {document['data']}, one seed "
+            "each: how much another seed would differ is not in the intervals"
+        )
     parts = [
         f"# {Path(document['model']).stem}, {document['window']:,} → {document['context']:,} tokens",
-        f"{document['date']}, {document['machine']}; {libraries}. Trained on {document['rows']:,} rows of "
-        f"{document['context']:,} tokens from {document['data']}; measured on {document['evaluation_data']}, the same "
-        "text and prompts for every arm. Intervals are 95%: over documents for perplexity, over prompts for retrieval. "
-        "Changes of trained arms are from full attention with the same positions, of others from the model as it is. "
-        "One seed each: how much another seed would differ is not in them.",
+        f"{document['date']}, {document['machine']}; {libraries}. {training}. Measured on "
+        f"{document['evaluation_data']}, the same text and prompts for every arm. Intervals are 95%: over documents for "
+        "perplexity, over prompts for retrieval. Changes of trained arms are from full attention with the same positions, "
+        "of others from the model as it is.",
         *(markdown(table) for table in tables(document)),
         *sentences(document),
     ]
