@@ -70,9 +70,9 @@ def page_text(document: Mapping[str, Any]) -> str:
     parts = [
         f"# {Path(document['model']).stem}, {document['window']:,} → {document['context']:,} tokens",
         f"{document['date']}, {document['machine']}; {libraries}. {training}. Measured on "
-        f"{document['evaluation_data']}, the same text and prompts for every arm. Intervals are 95%: over documents for "
-        "perplexity, over prompts for retrieval. Changes of trained arms are from full attention with the same positions, "
-        "of others from the model as it is.",
+        f"{document['evaluation_data']}, the same text and prompts for every arm. Intervals are 95%: over documents "
+        "for perplexity, over prompts for retrieval. Changes of trained arms are from full attention with the same "
+        "positions, of others from the model as it is.",
         *(markdown(table) for table in tables(document)),
         *sentences(document),
     ]
