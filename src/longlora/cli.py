@@ -80,12 +80,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         again = " with --resume" if _resumes(name) else ""
         _fail(f"the disk is full{where}: free some space, then give the same command again{again}.", 2)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+        said = str(error).rpartition("DefaultCPUAllocator: ")[2]  # a plain RuntimeError, where no GPU is full
+        on_cpu = said != str(error)
+        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or on_cpu):
             dead = ranks.who_died()
             if dead is None:
                 raise
             _fail(f"{dead} has ended, and the run with it: see why, then give the same command with --resume.", 1)
-        cause = str(error).partition(". ")[0] or "the process"
+        cause = said.partition(". ")[0] or "the process"
         _fail(f"out of memory ({cause}): {_less_memory(name)}.", 2)
     except KeyboardInterrupt:
         _fail("stopped." + (" Give the same command with --resume to go on." if _resumes(name) else ""), 130)
