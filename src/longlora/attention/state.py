@@ -73,6 +73,7 @@ class ShiftedAttentionState:
 
 
 def refuse_changed_masks() -> NoReturn:
+    """Raises UserError: the model works on what attention is told of padding and documents."""
     raise UserError(
         "this model's own code changes the attention mask, which S2-Attn does without: it cannot serve the model. "
         "Use another decoder with rotary positions, such as Llama, Mistral, Qwen, Phi-3, GPT-NeoX, OLMo-2 or Gemma."

@@ -39,9 +39,8 @@ Read = TypeVar("Read")
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside DDP, FSDP, DeepSpeed, `torch.compile` and PEFT wrappers (adapters stay in it)."""
-    if not isinstance(
-        model, PreTrainedModel | PeftModel
-    ):  # asking accelerate takes as long as a layer of a small model
+    # asking accelerate takes as long as a layer of a small model
+    if not isinstance(model, PreTrainedModel | PeftModel):
         model = extract_model_from_parallel(model, keep_torch_compile=False)
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
